@@ -1,0 +1,39 @@
+# Everything starts from a bare machine: each target installs what it needs into .venv first.
+.PHONY: setup demo stack stack-down run test check bench soak docs clean
+
+WORK ?= work
+export VC2_WORK := $(abspath $(WORK))
+PYTHON_BIN := .venv/bin/python
+
+setup:  ## make .venv with the pinned packages
+	@infra/setup.sh
+
+demo: setup  ## the whole pipeline, small and real: ends with the path of an HTML report
+	@$(PYTHON_BIN) -m flows.stack demo
+
+stack: setup  ## Prefect server, worker and deployments on loopback, left running
+	@$(PYTHON_BIN) -m flows.stack up
+
+stack-down: setup  ## stop what `make stack` started
+	@$(PYTHON_BIN) -m flows.stack down
+
+test: setup  ## all tests but the long ones
+	@$(PYTHON_BIN) -m pytest -m "not soak and not gpu"
+
+soak: setup  ## the laws about kills, with many kills
+	@$(PYTHON_BIN) -m pytest -m soak --timeout=7200
+
+check: setup  ## lint, format, types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/basedpyright
+
+bench: setup  ## clips/s, images/s, loader samples/s, steps/s; writes benchmarks/results/<date>.json
+	@$(PYTHON_BIN) -m benchmarks.run
+
+docs: setup  ## the documentation as a site in work/site
+	@.venv/bin/mkdocs build --quiet --strict --site-dir $(VC2_WORK)/site && echo "$(VC2_WORK)/site/index.html"
+
+clean:  ## remove the work folder and caches (not .venv)
+	rm -rf $(WORK) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
