@@ -1,0 +1,277 @@
+"""Artifacts: what stages hand on. An artifact exists when its manifest does, and is named by what went into it.
+
+The *fingerprint* is the sha256 of (stage, stage version, config without knobs, fingerprints of the inputs, repeat): it
+can be computed before anything runs. The *content digest* is taken from what came out (names and sha256 of the files,
+counts; no times, no hosts). Data is written first, the manifest last, by `Store.write_if_absent`: of two writers one
+wins and the other adopts the winner's result.
+
+    shards/<source>/<fingerprint>/manifest.json          ShardSet
+    runs/<stage>/<fingerprint>/checkpoints/<step>/...    Checkpoint
+    samples|scores|reports/<fingerprint>/manifest.json   SampleSet, Scorecard, Report
+    objects/<sha256>                                     files that several artifacts share
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vc2.config import Config, digest
+from vc2.errors import ShardCorrupted, StoreError
+from vc2.storage import Store, join_uri
+
+__all__ = [
+    "Artifact",
+    "Checkpoint",
+    "FileEntry",
+    "Manifest",
+    "Report",
+    "SampleSet",
+    "Scorecard",
+    "ShardSet",
+    "checkpoint_prefix",
+    "commit",
+    "environment",
+    "find",
+    "fingerprint",
+    "load_manifest",
+    "put_file",
+    "put_object",
+    "shard_set_prefix",
+    "verify",
+]
+
+Kind = Literal["shard_set", "checkpoint", "sample_set", "scorecard", "report"]
+
+
+class FileEntry(Config):
+    """A file of an artifact: `key` is relative to the store, so shared objects and own files look alike."""
+
+    name: str
+    key: str
+    size: int
+    sha256: str
+
+
+class Artifact(Config):
+    """A small reference to a finished artifact; this is all that stages hand on."""
+
+    kind: Kind
+    uri: str  #: where the manifest's folder is: <store>/<prefix>
+    prefix: str
+    fingerprint: str
+    content_digest: str
+    counts: dict[str, int] = {}
+    facts: dict[str, Any] = {}
+
+
+class ShardSet(Artifact):
+    """A source made into shards."""
+
+
+class Checkpoint(Artifact):
+    """Finished weights of a training run at a step."""
+
+
+class SampleSet(Artifact):
+    """Videos generated from a checkpoint."""
+
+
+class Scorecard(Artifact):
+    """Scores of a sample set."""
+
+
+class Report(Artifact):
+    """A page that shows it all."""
+
+
+KINDS: dict[Kind, type[Artifact]] = {
+    "shard_set": ShardSet,
+    "checkpoint": Checkpoint,
+    "sample_set": SampleSet,
+    "scorecard": Scorecard,
+    "report": Report,
+}
+
+
+class Manifest(Config):
+    """Everything known about an artifact. Written last, once, never changed."""
+
+    kind: Kind
+    stage: str
+    stage_version: int
+    fingerprint: str
+    repeat: int = 0
+    config: dict[str, Any]
+    inputs: dict[str, Artifact]
+    files: tuple[FileEntry, ...]
+    counts: dict[str, int] = {}
+    facts: dict[str, Any] = {}  #: what was found and how it was done: layout, losses, versions of tools
+    licenses: dict[str, str] = {}
+    content_digest: str = ""
+    environment: dict[str, str] = {}
+    created_at: str = ""
+    seconds: float = 0.0
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of a file by its name in the artifact."""
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise StoreError(
+            f"artifact {self.fingerprint[:12]} has no file {name!r}; it has {[e.name for e in self.files][:8]}"
+        )
+
+    def digest_of_content(self) -> str:
+        """sha256 over names and digests of the files and the counts: equal content, equal digest."""
+        return digest({"files": sorted([entry.name, entry.sha256] for entry in self.files), "counts": self.counts})
+
+    def reference(self, store: Store, prefix: str) -> Artifact:
+        return KINDS[self.kind](
+            kind=self.kind,
+            uri=join_uri(store.uri, prefix),
+            prefix=prefix,
+            fingerprint=self.fingerprint,
+            content_digest=self.content_digest,
+            counts=self.counts,
+            facts={},
+        )
+
+
+def fingerprint(
+    stage: str, version: int, config: Mapping[str, Any] | Config, inputs: Mapping[str, str], repeat: int = 0
+) -> str:
+    """The name of what a stage will make, computable before it runs.
+
+    Args:
+        stage: Name of the stage.
+        version: Hand-kept integer of the stage, raised when its results change.
+        config: What was asked for; the knobs of a `Config` are left out.
+        inputs: Fingerprints (or digests of raw tables) of the inputs by role.
+        repeat: Raised to make the same thing once more.
+    """
+    plain = config.identity() if isinstance(config, Config) else dict(config)
+    return digest({"stage": stage, "version": version, "config": plain, "inputs": dict(inputs), "repeat": repeat})
+
+
+def shard_set_prefix(source: str, name: str) -> str:
+    return f"shards/{source}/{name}"
+
+
+def checkpoint_prefix(stage: str, run: str, step: int) -> str:
+    return f"runs/{stage}/{run}/checkpoints/{step:08d}"
+
+
+def environment() -> dict[str, str]:
+    """Versions of what the result was made with: recorded in manifests, never fingerprinted."""
+    from importlib import metadata
+
+    names = (
+        "vc2",
+        "torch",
+        "numpy",
+        "ray",
+        "deepspeed",
+        "decord",
+        "av",
+        "pillow",
+        "pyarrow",
+        "open_clip_torch",
+        "diffusers",
+    )
+    versions = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def put_object(store: Store, path: Path, name: str) -> FileEntry:
+    """Store a local file by its content, once however often it is put."""
+    from vc2.storage import file_digest
+
+    found = file_digest(path)
+    key = f"objects/{found.sha256}"
+    stored = store.entry(key)
+    if stored is None or stored.size != found.size:
+        store.upload(path, key)
+    return FileEntry(name=name, key=key, size=found.size, sha256=found.sha256)
+
+
+def put_file(store: Store, prefix: str, name: str, data: bytes) -> FileEntry:
+    """Store a small file inside an artifact's own folder."""
+    key = f"{prefix}/{name}"
+    store.write(key, data)
+    return FileEntry(name=name, key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def commit(store: Store, prefix: str, manifest: Manifest) -> Artifact:
+    """Make an artifact exist: write its manifest, or adopt the one that another writer was first to write."""
+    if not manifest.content_digest:
+        manifest = manifest.evolve(content_digest=manifest.digest_of_content())
+    if not manifest.created_at:
+        manifest = manifest.evolve(created_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    if not manifest.environment:
+        manifest = manifest.evolve(environment=environment())
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    if store.write_if_absent(f"{prefix}/manifest.json", text.encode()):
+        return manifest.reference(store, prefix)
+    return load_manifest(store, prefix).reference(store, prefix)
+
+
+def load_manifest(store: Store, prefix: str) -> Manifest:
+    """The manifest in a folder of the store.
+
+    Raises:
+        StoreError: If there is none, or it is no manifest.
+    """
+    place = join_uri(store.uri, f"{prefix}/manifest.json")
+    try:
+        return Manifest.model_validate_json(store.read(f"{prefix}/manifest.json"))
+    except KeyError:
+        raise StoreError(f"{place}: no manifest, so this artifact does not exist (yet)") from None
+    except ValueError as error:
+        raise StoreError(f"{place}: not a manifest of this version ({str(error).splitlines()[0]})") from None
+
+
+A = TypeVar("A", bound=Artifact)
+
+
+def find(store: Store, prefix: str, kind: type[A]) -> A | None:
+    """The reference of a finished artifact, or None where there is none yet."""
+    if store.entry(f"{prefix}/manifest.json") is None:
+        return None
+    found = load_manifest(store, prefix).reference(store, prefix)
+    if not isinstance(found, kind):
+        raise StoreError(f"{found.uri} is a {found.kind}; expected a {kind.__name__}")
+    return found
+
+
+def verify(store: Store, prefix: str) -> Iterable[str]:
+    """Re-derive every digest of an artifact; yields one line per thing that is wrong."""
+    manifest = load_manifest(store, prefix)
+    if manifest.digest_of_content() != manifest.content_digest:
+        yield f"{prefix}/manifest.json: content digest is not that of its files"
+    for entry in manifest.files:
+        try:
+            data = store.entry(entry.key)
+            if data is None:
+                yield f"{entry.name}: {entry.key} is missing"
+            elif data.size != entry.size:
+                yield f"{entry.name}: {data.size} bytes, manifest says {entry.size}"
+            elif (found := _stored_sha256(store, entry)) != entry.sha256:
+                yield f"{entry.name}: sha256 {found[:12]}, manifest says {entry.sha256[:12]}"
+        except (KeyError, ShardCorrupted) as error:
+            yield f"{entry.name}: {error}"
+
+
+def _stored_sha256(store: Store, entry: FileEntry) -> str:
+    sha256, step = hashlib.sha256(), 8 * 2**20
+    for offset in range(0, entry.size, step):
+        sha256.update(store.read_range(entry.key, offset, min(step, entry.size - offset)))
+    return sha256.hexdigest()

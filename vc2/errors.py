@@ -1,0 +1,57 @@
+"""Errors a person can act on: what was found, what was expected, what to do.
+
+The command line and the flows print a `Vc2Error` as one line; anything else is a defect and keeps its traceback.
+"""
+
+__all__ = [
+    "ConfigError",
+    "LaunchFailed",
+    "Preempted",
+    "PretrainedMissing",
+    "ShardCorrupted",
+    "SourceError",
+    "StoreError",
+    "Vc2Error",
+    "WeightsError",
+    "YieldTooLow",
+]
+
+
+class Vc2Error(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class ConfigError(Vc2Error):
+    """An option, recipe or override that cannot be used."""
+
+
+class SourceError(Vc2Error):
+    """Raw data that is missing as a whole or not in the expected format (single bad rows are rejects instead)."""
+
+
+class YieldTooLow(SourceError):
+    """Too few rows of a source became samples."""
+
+
+class StoreError(Vc2Error):
+    """The store cannot be reached, read or written, or a manifest in it is not what it should be."""
+
+
+class ShardCorrupted(StoreError):
+    """Bytes in the store differ from what their manifest says."""
+
+
+class PretrainedMissing(Vc2Error):
+    """Foreign weights that no configured place holds."""
+
+
+class WeightsError(Vc2Error):
+    """A state dict that does not fit the network it is loaded into."""
+
+
+class LaunchFailed(Vc2Error):
+    """Ranks that ended with an error."""
+
+
+class Preempted(Vc2Error):
+    """The process was asked to stop and left a state to resume from (exit code 75)."""

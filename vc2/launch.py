@@ -1,0 +1,323 @@
+"""Starting ranks, and the Ray session: where processes come from and how they end.
+
+A *rank* reads only RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and one argument, the path or URI of its
+config; so torchrun, Ray, Slurm or the DeepSpeed launcher can start it. Locally it is torchrun in its own process group,
+and everything dies with whoever started it: the launcher and each rank ask the kernel to be killed when their parent
+ends.
+
+Ranks talk to their starter through their log: a line `@progress {...}` is a progress report, `@error {...}` the first
+line of what went wrong.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vc2.errors import LaunchFailed, Preempted, Vc2Error
+from vc2.progress import Progress, silent
+
+__all__ = [
+    "Job",
+    "Rank",
+    "cpu_count",
+    "die_with_parent",
+    "ray_session",
+    "report",
+    "run_rank",
+    "run_ranks",
+    "start",
+    "this_rank",
+]
+
+PREEMPTED = 75  # exit code of a process that was asked to stop and left a state behind (EX_TEMPFAIL)
+GRACE = 20.0  # seconds between asking ranks to stop and killing them
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- the side of the rank ----
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Place of this process among the ranks of its job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def this_rank() -> Rank:
+    """The rank of this process, from its environment; a process that nobody launched is the only rank."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
+    )
+    return Rank(rank, world_size, local_rank)
+
+
+def report(work: str, done: int, total: int | None = None, **figures: float | str) -> None:
+    """A `Progress` that tells the process which started this rank."""
+    print("@progress " + json.dumps({"work": work, "done": done, "total": total, "figures": figures}), flush=True)
+
+
+def run_rank(main: Callable[[str], None]) -> None:
+    """Entry of a rank: `main(config uri)`, tied to the life of its parent, with errors told in one line."""
+    die_with_parent()
+    try:
+        main(sys.argv[1])
+    except Preempted as stop:
+        print("@error " + json.dumps({"rank": this_rank().rank, "message": str(stop), "preempted": True}), flush=True)
+        os._exit(PREEMPTED)
+    except Exception as error:
+        known = isinstance(error, Vc2Error)
+        if not known:
+            traceback.print_exc()
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        print("@error " + json.dumps({"rank": this_rank().rank, "message": message}), flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # a rank that failed must not wait for the others in an exit handler
+
+
+def die_with_parent() -> None:
+    """Have this process killed as soon as its parent ends, however it ends."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---- the side of the starter ----
+
+
+@dataclass
+class Job:
+    """Ranks that were started: poll it until it has an exit code."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    _read: int = 0
+    errors: list[dict[str, object]] = field(default_factory=list)
+
+    def poll(self, progress: Progress = silent) -> int | None:
+        """Exit code, or None while it runs; passes on what the ranks reported since the last call."""
+        code = self.process.poll()
+        self._relay(progress)
+        return code
+
+    def cancel(self, grace: float = GRACE) -> None:
+        """Ask all ranks to stop, and kill what is left after `grace` seconds."""
+        if self.process.poll() is None:
+            _signal_group(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                pass
+        _signal_group(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def tail(self, lines: int = 15) -> str:
+        """The last lines of the log."""
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(line for line in text if not line.startswith("@"))[-4000:].strip().rsplit("\n", lines)[-1]
+
+    def _relay(self, progress: Progress) -> None:
+        with open(self.log, "rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            tag, _, text = line.partition(" ")
+            if tag not in ("@progress", "@error"):
+                continue
+            try:
+                said = json.loads(text)
+            except ValueError:  # two ranks wrote at the same moment
+                continue
+            if tag == "@error":
+                self.errors.append(said)
+            else:
+                progress(said["work"], said["done"], said["total"], **said["figures"])
+
+
+def start(
+    module: str,
+    config_uri: str,
+    *,
+    world_size: int,
+    work: Path,
+    name: str,
+    environment: Mapping[str, str] | None = None,
+) -> Job:
+    """Start `world_size` local ranks of `python -m module config_uri` under torchrun."""
+    logs = work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+    torchrun = ("--standalone", f"--nproc-per-node={world_size}", "--max-restarts=0", "-m", module, config_uri)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vc2.launch", *torchrun],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **_rank_environment(world_size, work), **(environment or {})},
+        )
+    return Job(process, log)
+
+
+def run_ranks(
+    module: str, config_uri: str, *, world_size: int, work: Path, name: str, progress: Progress = silent
+) -> None:
+    """Start local ranks and wait for them.
+
+    Raises:
+        LaunchFailed: With the first error that a rank told, or the end of the log.
+        Preempted: If the ranks were asked to stop and left a state to resume from.
+    """
+    job = start(module, config_uri, world_size=world_size, work=work, name=name)
+    try:
+        while (code := job.poll(progress)) is None:
+            time.sleep(0.2)
+    except BaseException:
+        job.cancel()
+        raise
+    if code == 0:
+        return
+    _signal_group(job.process.pid, signal.SIGKILL)  # ranks that torchrun could not end
+    if job.errors and job.errors[0].get("preempted"):
+        raise Preempted(str(job.errors[0]["message"]))
+    if job.errors:
+        first = job.errors[0]
+        raise LaunchFailed(f"{name}: rank {first['rank']}: {first['message']} (log: {job.log})")
+    raise LaunchFailed(f"{name}: ranks ended with exit code {code}: {job.tail()} (log: {job.log})")
+
+
+def _rank_environment(world_size: int, work: Path) -> dict[str, str]:
+    settings = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // world_size))),
+        "TORCH_EXTENSIONS_DIR": str(work / "cache" / "torch_extensions"),
+        "TRITON_CACHE_DIR": str(work / "cache" / "triton"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if sys.platform == "linux":
+        settings["GLOO_SOCKET_IFNAME"] = "lo"
+    return settings
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+# ---- Ray ----
+
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[str]:
+    """Ray, connected: the cluster of RAY_ADDRESS where one is given, else a private one on loopback.
+
+    Yields the address by which other processes of this machine reach it (they also need RAY_AUTH_MODE and
+    RAY_AUTH_TOKEN_PATH from this process's environment). A private session ends with the block; its files lie in a
+    temporary folder (Ray's socket paths must be short), removed at the end, or by the next session if this one is killed.
+    """
+    folder = None if os.environ.get("RAY_ADDRESS") else _ray_folder()
+    address = os.environ.get("RAY_ADDRESS", "")
+    settings = dict(RAY_SETTINGS)
+    if folder:
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    if folder or address.startswith("127.0.0.1:"):
+        # Read when Ray is first imported. Ray's name for it is misleading: it means "this machine alone, on loopback".
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    with _environment(settings):
+        import ray
+
+        if ray.is_initialized():
+            yield ray.get_runtime_context().gcs_address
+            return
+        try:
+            if folder is None:
+                ray.init(address, log_to_driver=False, logging_level="ERROR")
+            else:
+                ray.init(
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                    num_cpus=num_cpus or cpu_count(),
+                    object_store_memory=256 * 2**20,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ray_folder() -> Path:
+    root = Path(tempfile.gettempdir())
+    for old in root.glob("vc2-ray-*-*"):
+        owner = int(old.name.split("-")[2])
+        if not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"vc2-ray-{os.getpid()}-", dir=root))
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+if __name__ == "__main__":  # torchrun, tied to the life of its parent
+    die_with_parent()
+    from torch.distributed.run import main
+
+    main(sys.argv[1:])
