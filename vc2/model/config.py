@@ -1,0 +1,126 @@
+"""Shapes of the networks and constants of the diffusion; defaults are the released 512 x 320 text-to-video model."""
+
+from pydantic import Field, model_validator
+
+from vc2.config import Config, knob
+
+__all__ = ["AutoencoderConfig", "ResamplerConfig", "SamplerConfig", "ScheduleConfig", "TextConfig", "UNetConfig"]
+
+
+class UNetConfig(Config):
+    """Shape of the denoising network."""
+
+    in_channels: int = Field(4, gt=0)  # latent channels of the autoencoder
+    out_channels: int = Field(4, gt=0)
+    model_channels: int = Field(320, gt=0)  # width of the first level
+    channel_mult: tuple[int, ...] = Field((1, 2, 4, 4), min_length=1)  # width of each level, in model_channels
+    num_res_blocks: int = Field(2, gt=0)  # residual blocks per level on the way down; one more on the way up
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors at which a level has transformers
+    num_head_channels: int = Field(64, gt=0)  # heads = level width / num_head_channels
+    transformer_depth: int = Field(1, gt=0)  # blocks per transformer, spatial and temporal
+    context_dim: int = Field(1024, gt=0)  # width of text (and image) tokens
+    use_linear: bool = True  # transformers project with linear layers; False: 1x1 convolutions, as in SD 1.x
+    temporal_conv: bool = True  # a temporal convolution after every residual block
+    temporal_attention: bool = True  # a temporal transformer after every spatial one
+    addition_attention: bool = True  # one more temporal transformer right after the first convolution
+    use_relative_position: bool = False  # learnt relative positions in temporal attention (VideoCrafter1)
+    use_causal_attention: bool = False  # a frame attends to earlier frames only
+    temporal_length: int = Field(16, gt=0)  # reach of the relative positions; the frame count itself is free
+    fps_cond: bool = True  # the frame rate is an input
+    use_image_attention: bool = False  # image tokens have keys and values of their own (image-to-video)
+    norm_groups: int = Field(32, gt=0)  # groups of every group normalisation
+    dropout: float = Field(0.0, ge=0, lt=1)  # in residual blocks
+    temporal_conv_dropout: float = Field(0.1, ge=0, lt=1)  # 0.1 in every released model, whatever `dropout` is
+    gradient_checkpointing: bool = knob(False)  # recompute activations in the backward pass: less memory, more time
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> "UNetConfig":
+        if min(self.channel_mult) < 1:
+            raise ValueError(f"channel_mult={self.channel_mult}: every level needs at least 1")
+        if self.model_channels % self.norm_groups:
+            raise ValueError(
+                f"model_channels={self.model_channels} is not divisible into norm_groups={self.norm_groups}"
+            )
+        for level, mult in enumerate(self.channel_mult):
+            width = mult * self.model_channels
+            attends = 2**level in self.attention_resolutions or level == len(self.channel_mult) - 1  # the middle does
+            if attends and width < self.num_head_channels:
+                raise ValueError(
+                    f"level width {width} is narrower than one head, num_head_channels={self.num_head_channels}"
+                )
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+class ScheduleConfig(Config):
+    """Forward diffusion: the noise levels, and the signal scaling of the 512 model."""
+
+    num_timesteps: int = Field(1000, gt=1)
+    beta_start: float = Field(0.00085, gt=0, lt=1)  # the roots of the betas rise linearly
+    beta_end: float = Field(0.012, gt=0, lt=1)
+    signal_scaling: bool = True  # damp the clean signal at high timesteps, in noising and in sampling
+    signal_floor: float = Field(0.7, gt=0, le=1)  # the damping from timestep `signal_knee` on
+    signal_knee: int = Field(400, gt=1)  # timesteps over which the damping falls from 1 to the floor
+
+
+class AutoencoderConfig(Config):
+    """Shape of the KL autoencoder; defaults are Stable Diffusion's."""
+
+    in_channels: int = Field(3, gt=0)
+    out_channels: int = Field(3, gt=0)
+    latent_channels: int = Field(4, gt=0)
+    block_out_channels: tuple[int, ...] = Field((128, 256, 512, 512), min_length=1)
+    layers_per_block: int = Field(2, gt=0)
+    norm_groups: int = Field(32, gt=0)
+    scaling_factor: float = Field(0.18215, gt=0)  # brings latents to about unit variance
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent pixel, along height and along width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class TextConfig(Config):
+    """Shape of the text tower; defaults are OpenCLIP ViT-H/14."""
+
+    width: int = Field(1024, gt=0)
+    heads: int = Field(16, gt=0)
+    layers: int = Field(24, gt=0)  # layers the weights have
+    layers_used: int = Field(23, gt=0)  # layers run before the final norm
+    context_length: int = Field(77, gt=2)
+    vocab_size: int = Field(49408, gt=0)
+    seed: int | None = None  # a number: a seeded random tower instead of trained weights
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "TextConfig":
+        if self.layers_used > self.layers:
+            raise ValueError(f"layers_used={self.layers_used} is more than layers={self.layers}")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not divisible into heads={self.heads}")
+        return self
+
+
+class SamplerConfig(Config):
+    """DDIM sampling; defaults are those of the released text-to-video script."""
+
+    num_steps: int = Field(50, gt=0)
+    guidance_scale: float = Field(12.0, ge=0)  # 1: no guidance, one network call per step
+    eta: float = Field(1.0, ge=0, le=1)  # 0: deterministic, 1: as much fresh noise as ancestral sampling
+    fps: int = Field(28, ge=0)  # the frame rate told to the network
+
+
+class ResamplerConfig(Config):
+    """Shape of the image-token resampler of the image-to-video model."""
+
+    dim: int = Field(1024, gt=0)  # working width
+    depth: int = Field(4, gt=0)
+    heads: int = Field(12, gt=0)
+    dim_head: int = Field(64, gt=0)
+    num_queries: int = Field(16, gt=0)  # image tokens it gives
+    embedding_dim: int = Field(1280, gt=0)  # width of the image tower's tokens
+    output_dim: int = Field(1024, gt=0)  # context_dim of the network
+    ff_mult: int = Field(4, gt=0)

@@ -1,0 +1,125 @@
+"""Across frames, how things move: the modules VideoCrafter adds to the image network.
+
+The temporal convolution looks at neighbouring frames, the temporal transformer at all frames, both at one pixel at a
+time; text never reaches them. Their normalisations take statistics over the whole clip. Both start as the identity.
+Nothing tells frames their place except the zeros that the convolution meets at the ends of a clip (and the optional
+relative positions of VideoCrafter1), so any number of frames will do; an image is a clip of one.
+Shapes: B clips, T frames (B T: clip-major), C channels, H x W latent pixels. Feature maps are (B T, C, H, W) in
+channels-last memory.
+Sources: Wang et al. 2023 (ModelScope) for the convolution, Chen et al. 2023 (VideoCrafter1) for the transformer.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vc2.model.attention import Attention, FeedForward, Projection
+from vc2.model.spatial import zeroed
+
+__all__ = ["FrameConv", "TemporalBlock", "TemporalConv", "TemporalTransformer"]
+
+
+class FrameConv(nn.Conv3d):
+    """A convolution over three neighbouring frames, pixel by pixel; the clip is padded with zero frames."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, T, P) -> the same, P pixels in any order: a 2D convolution is twice as fast on a CPU as the 3D one."""
+        weight = self.weight.squeeze(-1)
+        if input.shape[2] == 1:  # both neighbours are padding: only the middle tap acts
+            return F.conv2d(input, weight[:, :, 1:2], self.bias)
+        return F.conv2d(input, weight, self.bias, padding=(1, 0))
+
+
+class TemporalConv(nn.Module):
+    """Four convolutions over time; the last starts at zero.
+
+    Args:
+        channels: Width.
+        groups: Groups of the normalisations.
+        dropout: Before each but the first convolution; 0.1 in every released model.
+    """
+
+    def __init__(self, channels: int, *, groups: int = 32, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, channels, eps=1e-5) for _ in range(4))
+        self.convs = nn.ModuleList(FrameConv(channels) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)
+        zeroed(self.convs[-1])
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """(B T, C, H, W) -> the same; `num_frames` is T."""
+        clip = branch = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)
+        for stage, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
+            branch = F.silu(norm(branch))
+            branch = conv(self.dropout(branch) if stage else branch)
+        return rearrange(clip + branch, "b c t (h w) -> (b t) c h w", h=x.shape[2])
+
+
+class TemporalTransformer(nn.Module):
+    """The frames of a clip attend to each other, at every pixel.
+
+    Args:
+        channels: Width of the feature map.
+        heads, head_dim: Their product is the width inside.
+        depth: Number of blocks.
+        groups: Groups of the normalisation.
+        use_linear: Projections with the weights of linear layers; False: of 1-D convolutions (the same map).
+        relative_reach: Largest frame distance that relative positions tell apart; None: no positions.
+        causal: A frame sees only itself and earlier ones.
+        recompute: Recompute the blocks in the backward pass instead of storing their activations.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        *,
+        depth: int = 1,
+        groups: int = 32,
+        use_linear: bool = True,
+        relative_reach: int | None = None,
+        causal: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        width, kernel_dims = heads * head_dim, 0 if use_linear else 1
+        self.recompute = recompute
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = Projection(channels, width, kernel_dims=kernel_dims)
+        self.blocks = nn.ModuleList(
+            TemporalBlock(width, heads, head_dim, relative_reach=relative_reach, causal=causal) for _ in range(depth)
+        )
+        self.proj_out = zeroed(Projection(width, channels, kernel_dims=kernel_dims))
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """(B T, C, H, W) -> the same; `num_frames` is T."""
+        clip = self.norm(rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames))
+        tokens = self.proj_in(rearrange(clip, "b c t p -> (b p) t c"))
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if self.recompute else block(tokens)
+        # Pixels and frames change places last, with channels still innermost: the sum stays channels-last.
+        frames = rearrange(self.proj_out(tokens), "(b h w) t c -> (b t) h w c", h=x.shape[2], w=x.shape[3])
+        return x + rearrange(frames, "n h w c -> n c h w")
+
+
+class TemporalBlock(nn.Module):
+    """Self-attention over frames, twice, and feed-forward. The second one stands where the image network reads text."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, *, relative_reach: int | None, causal: bool) -> None:
+        super().__init__()
+        self.first_norm = nn.LayerNorm(width)
+        self.first_attention = Attention(width, heads, head_dim, relative_reach=relative_reach, causal=causal)
+        self.second_norm = nn.LayerNorm(width)
+        self.second_attention = Attention(width, heads, head_dim, relative_reach=relative_reach, causal=causal)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.first_attention(self.first_norm(tokens))
+        tokens = tokens + self.second_attention(self.second_norm(tokens))
+        return tokens + self.feed_forward(self.feed_forward_norm(tokens))
