@@ -75,6 +75,10 @@ class ShardSet(Artifact):
 class Checkpoint(Artifact):
     """Finished weights of a training run at a step."""
 
+    @property
+    def step(self) -> int:
+        return int(self.prefix.rsplit("/", 1)[-1])
+
 
 class SampleSet(Artifact):
     """Videos generated from a checkpoint."""

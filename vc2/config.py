@@ -90,9 +90,7 @@ def _optional_parts(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return overrides_of(annotation)
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is Union:
-        arms = [arm for arm in typing.get_args(annotation) if arm is not types.NoneType]
-        if len(arms) == 1:
-            return _optional_parts(arms[0])
+        return Union[tuple(_optional_parts(arm) for arm in typing.get_args(annotation))]  # noqa: UP007
     return annotation
 
 
@@ -116,9 +114,10 @@ def _laid_over(config: C, settings: Mapping[str, Any]) -> C:
     changes = {}
     for name, value in settings.items():
         current = getattr(config, name)
-        changes[name] = (
-            _laid_over(current, value) if isinstance(current, Config) and isinstance(value, Mapping) else value
+        same_kind = isinstance(value, Mapping) and value.get("kind", getattr(current, "kind", None)) == getattr(
+            current, "kind", None
         )
+        changes[name] = _laid_over(current, value) if isinstance(current, Config) and same_kind else value
     return config.evolve(**changes)
 
 

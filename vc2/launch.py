@@ -38,6 +38,7 @@ __all__ = [
     "report",
     "run_rank",
     "run_ranks",
+    "sharing_ray",
     "start",
     "this_rank",
 ]
@@ -245,6 +246,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 # ---- Ray ----
 
+RAY_STARTS = 3  # attempts: on a very busy machine its first 30 seconds may not be enough
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -254,7 +256,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
 
     Yields the address by which other processes of this machine reach it (they also need RAY_AUTH_MODE and
     RAY_AUTH_TOKEN_PATH from this process's environment). A private session ends with the block; its files lie in a
-    temporary folder (Ray's socket paths must be short), removed at the end, or by the next session if this one is killed.
+    temporary folder (Ray's socket paths must be short), removed at the end, or by the next session after a kill.
     """
     folder = None if os.environ.get("RAY_ADDRESS") else _ray_folder()
     address = os.environ.get("RAY_ADDRESS", "")
@@ -263,7 +265,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
-        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        # A private session is there to work: its workers get the priority of their starter, not a low one.
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
     if folder or address.startswith("127.0.0.1:"):
         # Read when Ray is first imported. Ray's name for it is misleading: it means "this machine alone, on loopback".
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -277,20 +280,43 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
             if folder is None:
                 ray.init(address, log_to_driver=False, logging_level="ERROR")
             else:
-                ray.init(
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=str(folder),
-                    num_cpus=num_cpus or cpu_count(),
-                    object_store_memory=256 * 2**20,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
+                _start_ray(folder, num_cpus or cpu_count())
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ray(folder: Path, num_cpus: int) -> None:
+    import ray
+
+    for attempt in range(RAY_STARTS):
+        try:
+            ray.init(
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+                num_cpus=num_cpus,
+                object_store_memory=256 * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:  # Ray raises plain exceptions here, mostly for having waited 30 s in vain
+            ray.shutdown()
+            if attempt == RAY_STARTS - 1:
+                raise LaunchFailed(
+                    f"Ray did not start on this machine ({str(error).splitlines()[0]}); is it very busy, or "
+                    f"{folder.parent} full? Its logs: {folder}"
+                ) from error
+
+
+@contextmanager
+def sharing_ray(address: str) -> Iterator[None]:
+    """Processes started inside the block connect to the Ray at `address`."""
+    with _environment({"RAY_ADDRESS": address}):
+        yield
 
 
 def _ray_folder() -> Path:

@@ -1,7 +1,7 @@
 """One small interface over local folders and `s3://` buckets: the only place that knows how bytes are kept.
 
 Keys are relative, with `/` between parts. Every write appears whole or not at all: locally by a temporary file, fsync
-and rename; on S3 a PUT is atomic by itself. `write_if_absent` is the commit primitive of the project (one of many racing
+and rename; on S3 a PUT is atomic by itself. `write_if_absent` is the commit primitive of the project (one of all racing
 writers wins): a hard link locally, `If-None-Match: *` on S3. `If-Match` is never used, since some endpoints refuse it.
 
 Endpoint and credentials of S3 come from boto3's own environment variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
@@ -67,7 +67,7 @@ class Store(Protocol):
         ...
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`. Raises `KeyError` without such an object, `ShardCorrupted` if it ends before."""
+        """`length` bytes from `offset`. Raises `KeyError` without the object, `ShardCorrupted` if it ends before."""
         ...
 
     def write(self, key: str, data: bytes) -> None:

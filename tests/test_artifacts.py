@@ -1,0 +1,69 @@
+"""Artifacts: named by what goes in, existing when their manifest does."""
+
+from pathlib import Path
+
+import pytest
+
+from vc2.artifacts import (
+    Manifest,
+    ShardSet,
+    commit,
+    find,
+    fingerprint,
+    load_manifest,
+    put_file,
+    put_object,
+    verify,
+)
+from vc2.errors import StoreError
+from vc2.storage import LocalStore
+
+
+def manifest_of(store: LocalStore, text: bytes = b"tar") -> Manifest:
+    path = Path(store.uri) / "local"
+    path.write_bytes(text)
+    files = (put_object(store, path, "shard-000000.tar"), put_file(store, "shards/x/f", "index", b"index"))
+    return Manifest(
+        kind="shard_set", stage="shard/x", stage_version=1, fingerprint="f", config={}, inputs={}, files=files
+    )
+
+
+def test_an_artifact_exists_when_its_manifest_does(store: LocalStore) -> None:
+    manifest = manifest_of(store)
+    assert find(store, "shards/x/f", ShardSet) is None
+    made = commit(store, "shards/x/f", manifest)
+    assert find(store, "shards/x/f", ShardSet) == made
+
+
+def test_the_loser_of_a_race_adopts_the_winners_result(store: LocalStore) -> None:
+    first = commit(store, "shards/x/f", manifest_of(store, b"one"))
+    assert commit(store, "shards/x/f", manifest_of(store, b"two")) == first
+
+
+def test_a_content_digest_holds_no_times_and_no_hosts(store: LocalStore) -> None:
+    manifest = manifest_of(store)
+    later = manifest.evolve(seconds=9.0, created_at="2030-01-01T00:00:00+00:00", environment={"system": "other"})
+    assert later.digest_of_content() == manifest.digest_of_content()
+    assert manifest_of(store, b"other").digest_of_content() != manifest.digest_of_content()
+
+
+def test_one_flipped_byte_is_found_and_named(store: LocalStore) -> None:
+    made = commit(store, "shards/x/f", manifest_of(store))
+    assert list(verify(store, made.prefix)) == []
+    store.write(load_manifest(store, made.prefix).files[0].key, b"tas")
+    assert [problem.split(":")[0] for problem in verify(store, made.prefix)] == ["shard-000000.tar"]
+
+
+def test_a_fingerprint_changes_with_each_thing_that_goes_in() -> None:
+    base = ("shard", 1, {"a": 1}, {"source": "x"}, 0)
+    others = [("s", *base[1:]), ("shard", 2, *base[2:]), ("shard", 1, {"a": 2}, *base[3:]),
+              (*base[:3], {"source": "y"}, 0), (*base[:4], 1)]  # fmt: skip
+    assert len({fingerprint(*base), *(fingerprint(*other) for other in others)}) == 6
+
+
+def test_a_folder_without_a_manifest_is_said_to_be_no_artifact(store: LocalStore) -> None:
+    with pytest.raises(StoreError, match="no manifest"):
+        load_manifest(store, "shards/x/nothing")
+    store.write("shards/x/g/manifest.json", b"<html>")
+    with pytest.raises(StoreError, match="not a manifest"):
+        load_manifest(store, "shards/x/g")

@@ -1,0 +1,425 @@
+"""The `vc2` command: the DAG, its stages and its artifacts, without Prefect.
+
+Exit code 0 only if all is well, 1 for an error that is told in one line, 2 for a command line that cannot be read, 75
+for a run that was asked to stop and left a state to resume from.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vc2.errors import ConfigError, Preempted, StoreError, Vc2Error
+
+if TYPE_CHECKING:
+    from vc2.artifacts import Artifact
+    from vc2.pipeline.driver import PlannedStage
+    from vc2.pipeline.recipes import PipelineConfig
+    from vc2.storage import Store
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the `vc2` command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return options.act(options) or 0
+    except Preempted as stop:
+        print(f"vc2: {stop}", file=sys.stderr)
+        return 75
+    except Vc2Error as error:
+        print(f"vc2: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vc2: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vc2", description="From raw web data to a trained and scored VideoCrafter2, as one reproducible DAG."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, act: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(act=act)
+        return added
+
+    run = command("run", _run, "Run a recipe from raw data to report; what is done is reused.")
+    run.add_argument(
+        "recipe", nargs="?", default="miniature", help="miniature, single_gpu or paper (default: miniature)"
+    )
+    _stage_choice(run)
+    run.add_argument("--stop-after", metavar="STAGE", help="end after this stage")
+    run.add_argument("--shards", action="append", default=[], metavar="URI", help="take this shard set for its stage")
+    run.add_argument("--checkpoint", default="", metavar="URI", help="take this checkpoint for the stage that made it")
+    _common(run, repeatable=True)
+
+    plan = command("plan", _plan, "What `vc2 run` would do: every stage, its fingerprint, done or to do. Runs nothing.")
+    plan.add_argument("recipe", nargs="?", default="miniature")
+    _stage_choice(plan)
+    _common(plan, repeatable=True)
+
+    shard = command("shard", _shard, "Make one source into shards.")
+    shard.add_argument("source", help="webvid, laion-coco, jdb, or a folder of your own files with captions")
+    shard.add_argument("--recipe", default="miniature")
+    shard.add_argument("--media", choices=["video", "image"], help="what a folder of your own holds")
+    shard.add_argument(
+        "--table", help="CSV or JSON lines with the columns file and caption; without it, captions are .txt files"
+    )
+    shard.add_argument("--name", help="name of a source of your own (default: the folder's name)")
+    _common(shard, repeatable=True)
+
+    train = command("train", _train, "Train one stage, or go on where it stopped.")
+    train.add_argument("stage", choices=["full", "spatial"])
+    train.add_argument("--recipe", default="miniature")
+    train.add_argument("--shards", action="append", default=[], metavar="URI")
+    train.add_argument("--checkpoint", default="", metavar="URI", help="checkpoint that stage `spatial` starts from")
+    _common(train, repeatable=True)
+
+    evaluate = command("evaluate", _evaluate, "Sample a checkpoint, score the videos, write the report.")
+    evaluate.add_argument("checkpoint", nargs="?", default="", help="URI; default: what the recipe resolves to")
+    evaluate.add_argument("--recipe", default="miniature")
+    _common(evaluate, repeatable=True)
+
+    sample = command("sample", _sample, "Make a video from a prompt.")
+    sample.add_argument("checkpoint", help="URI of a checkpoint")
+    sample.add_argument("prompt")
+    sample.add_argument("--recipe", default="miniature", help="whose sampler settings to use")
+    sample.add_argument("--output", type=Path, default=Path("sample.mp4"))
+    sample.add_argument("--seed", type=int, default=123)
+    _common(sample)
+
+    show = command("show", _show, "Explain an artifact: what it is, what it was made from, what is in it.")
+    show.add_argument("uri")
+    show.add_argument("--json", action="store_true")
+
+    verify = command("verify", _verify, "Re-derive every digest of an artifact and of all it was made from.")
+    verify.add_argument("uri")
+    verify.add_argument("--json", action="store_true")
+
+    doctor = command("doctor", _doctor, "What this machine has and lacks: packages, weights, store.")
+    doctor.add_argument("--store", default=None)
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, *, repeatable: bool = False) -> None:
+    parser.add_argument(
+        "--store", default=None, help="local folder or s3://bucket/prefix (default: VC2_STORE or work/store)"
+    )
+    parser.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="change a setting of the recipe"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    if repeatable:
+        parser.add_argument(
+            "--repeat", type=_count, default=0, metavar="N", help="make it once more, under another fingerprint"
+        )
+        parser.add_argument(
+            "--force", action="store_true", help="make it once more even if it is done (the next free --repeat)"
+        )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("expected a number from 0 up")
+    return number
+
+
+def _stage_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--start-at", metavar="STAGE", help="stages before this one must be done")
+
+
+# ---- the DAG ----
+
+
+def _opened(options: argparse.Namespace, prefix: str = "") -> "tuple[PipelineConfig, Store, Path]":
+    from vc2.config import parse_settings
+    from vc2.pipeline import recipes
+    from vc2.storage import open_store
+
+    work = (options.work or recipes.DEFAULT_WORK).absolute()
+    settings = parse_settings(f"{prefix}{line}" for line in options.set)
+    config = recipes.resolve(options.recipe, settings, work=work)
+    default = str(work / "store") if options.work and not os.environ.get("VC2_STORE") else recipes.default_store()
+    store = open_store(options.store or default)
+    store.check()
+    return config, store, work
+
+
+def _repeat(
+    options: argparse.Namespace, config: "PipelineConfig", store: "Store", stage: str | None, last: str | None
+) -> int:
+    from vc2.pipeline.driver import next_repeat
+
+    return next_repeat(config, store, stage, last) if options.force else options.repeat
+
+
+def _run(options: argparse.Namespace) -> None:
+    from vc2.pipeline import driver, stages
+    from vc2.progress import rich_progress
+
+    config, store, work = _opened(options)
+    repeat = _repeat(options, config, store, options.start_at, options.stop_after)
+    given = driver.given_artifacts(store, options.shards, options.checkpoint)
+    planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given)
+    _say_plan(planned, options.stop_after)
+    with rich_progress() as progress, driver.session(planned):
+
+        def run_stage(stage: "PlannedStage", inputs: "dict[str, Artifact]") -> "Artifact":
+            return stages.execute(stage, config, store, work, inputs=inputs, progress=progress)
+
+        made = driver.drive(
+            config,
+            store,
+            run_stage,
+            start_at=options.start_at,
+            stop_after=options.stop_after,
+            repeat=repeat,
+            given=given,
+        )
+    _say_artifact(options, store, made)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from vc2.pipeline import driver
+
+    config, store, _ = _opened(options)
+    repeat = _repeat(options, config, store, options.start_at, None)
+    planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at)
+    if options.json:
+        stages = [
+            {"stage": stage.name, "fingerprint": stage.fingerprint, "state": stage.state, "why": stage.why,
+             "uri": f"{store.uri}/{stage.prefix}", "inputs": dict(stage.inputs)}
+            for stage in planned
+        ]  # fmt: skip
+        print(json.dumps({"store": store.uri, "stages": stages, "config": config.model_dump(mode="json")}, indent=1))
+        return
+    print(f"{'stage':22} {'state':8} {'fingerprint':14} why")
+    for stage in planned:
+        print(f"{stage.name:22} {stage.state:8} {stage.fingerprint[:12]:14} {stage.why}")
+
+
+def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig", store: "Store", work: Path) -> None:
+    from vc2.pipeline import driver, stages
+    from vc2.progress import rich_progress
+
+    repeat = _repeat(options, config, store, name, name)
+    given = driver.given_artifacts(store, getattr(options, "shards", []), getattr(options, "checkpoint", ""))
+    with rich_progress() as progress:
+        made = stages.run_stage(name, config, store, work, given=given, repeat=repeat, progress=progress)
+    _say_artifact(options, store, made)
+
+
+def _shard(options: argparse.Namespace) -> None:
+    from vc2.pipeline.driver import FIELDS
+
+    stage = f"shard/{options.source}"
+    if stage in FIELDS:
+        config, store, work = _opened(options, prefix=f"{FIELDS[stage]}.")
+        _one_stage(options, stage, config, store, work)
+        return
+    _shard_own(options)
+
+
+def _shard_own(options: argparse.Namespace) -> None:
+    """A folder or table of the user's own files, in the form of the recipe's videos or images."""
+    from vc2.config import merge, parse_settings
+    from vc2.data.config import FolderSource
+    from vc2.pipeline import stages
+    from vc2.progress import rich_progress
+
+    folder = Path(options.source)
+    if not folder.is_dir():
+        raise ConfigError(f"{options.source}: no such folder, and no source of that name (webvid, laion-coco, jdb)")
+    if options.media is None:
+        raise ConfigError("a folder of your own needs --media video or --media image")
+    name = options.name or "".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "own"
+    settings, options.set = parse_settings(options.set), []
+    config, store, work = _opened(options)
+    like = config.webvid if options.media == "video" else config.jdb
+    source = FolderSource(name=name, media=options.media, folder=str(folder.absolute()), table=options.table)
+    stage = merge(like.evolve(source=source), settings)
+    with rich_progress() as progress:
+        made = stages.shard_alone(stage, store, work, repeat=options.repeat, progress=progress)
+    _say_artifact(options, store, made)
+    if not options.json:
+        place = "webvid" if options.media == "video" else "jdb"
+        print(f"to train on it in place of {place}: vc2 run --shards {place}={made.uri}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    config, store, work = _opened(options, prefix=f"{options.stage}.")
+    _one_stage(options, f"train/{options.stage}", config, store, work)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config, store, work = _opened(options, prefix="evaluation.")
+    _one_stage(options, "evaluate/evalcrafter", config, store, work)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from vc2.pipeline import stages
+    from vc2.progress import rich_progress
+
+    config, store, work = _opened(options, prefix="evaluation.")
+    checkpoint = _artifact(options.checkpoint)[1]
+    with rich_progress() as progress:
+        stages.sample_one(
+            config, store, work, checkpoint=checkpoint, prompt=options.prompt, seed=options.seed, output=options.output,
+            progress=progress,
+        )  # fmt: skip
+    print(json.dumps({"video": str(options.output)}) if options.json else options.output)
+
+
+# ---- artifacts ----
+
+
+def _artifact(uri: str) -> "tuple[Store, Artifact]":
+    from vc2.artifacts import load_manifest
+    from vc2.storage import open_store
+
+    place = uri.removesuffix("/").removesuffix("/manifest.json")
+    for kind in ("shards", "runs", "samples", "scores", "reports"):
+        root, found, rest = place.rpartition(f"/{kind}/")
+        if found:
+            store = open_store(root)
+            prefix = f"{kind}/{rest}"
+            return store, load_manifest(store, prefix).reference(store, prefix)
+    raise StoreError(
+        f"{uri} is no URI of an artifact; expected <store>/shards/..., runs/..., samples/..., scores/... or reports/..."
+    )
+
+
+def _show(options: argparse.Namespace) -> None:
+    from vc2.artifacts import load_manifest
+    from vc2.data.shards import find_sample
+
+    uri, _, key = options.uri.partition("#")
+    store, artifact = _artifact(uri)
+    manifest = load_manifest(store, artifact.prefix)
+    if key:
+        print(json.dumps(find_sample(store, manifest, key), indent=1, sort_keys=True))
+        return
+    if options.json:
+        print(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True))
+        return
+    print(f"{manifest.kind} made by {manifest.stage} (version {manifest.stage_version})")
+    print(f"created         {manifest.created_at}, in {manifest.seconds:.1f} s")
+    print(f"fingerprint     {manifest.fingerprint}\ncontent digest  {manifest.content_digest}")
+    for title, values in (("counts", manifest.counts), ("facts", manifest.facts), ("licences", manifest.licenses)):
+        if values:
+            print(f"{title}:")
+            for name, value in values.items():
+                print(f"  {name}: {value if isinstance(value, str | int | float) else json.dumps(value)[:200]}")
+    print("made from:" if manifest.inputs else "made from raw data alone")
+    for role, source in manifest.inputs.items():
+        print(f"  {role}: {source.uri}")
+    print(f"files ({len(manifest.files)}):")
+    for entry in manifest.files[:20]:
+        print(f"  {entry.name}  {entry.size} bytes  sha256 {entry.sha256[:12]}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from vc2.artifacts import load_manifest, verify
+
+    store, first = _artifact(options.uri)
+    wrong: dict[str, list[str]] = {}
+    todo, seen = [first], set()
+    while todo:
+        artifact = todo.pop()
+        if artifact.prefix in seen:
+            continue
+        seen.add(artifact.prefix)
+        wrong[artifact.prefix] = list(verify(store, artifact.prefix))
+        todo += load_manifest(store, artifact.prefix).inputs.values()
+    if options.json:
+        print(json.dumps(wrong, indent=1))
+    else:
+        for prefix, problems in wrong.items():
+            print(f"{'ok   ' if not problems else 'WRONG'} {prefix}")
+            for problem in problems:
+                print(f"      {problem}")
+    return int(any(wrong.values()))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from importlib import metadata
+
+    from vc2.pipeline.recipes import default_store
+    from vc2.pretrained import WEIGHTS, is_available
+    from vc2.storage import open_store
+
+    packages = {}
+    for name in ("torch", "torchvision", "ray", "prefect", "deepspeed", "decord", "av", "diffusers", "open_clip_torch"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "missing"
+    weights = {name: is_available(name) for name in WEIGHTS}
+    uri = options.store or default_store()
+    try:
+        open_store(uri).check()
+        store = "can be written, honours conditional writes"
+    except Vc2Error as error:
+        store = str(error)
+    well = store.startswith("can") and "missing" not in packages.values()
+    if options.json:
+        print(json.dumps({"packages": packages, "weights": weights, "store": {uri: store}, "well": well}, indent=1))
+        return int(not well)
+    print("packages")
+    for name, version in packages.items():
+        print(f"  {name:18} {version}")
+    print("foreign weights (only some recipes and scores need them)")
+    for name, here in weights.items():
+        weight = WEIGHTS[name]
+        print(f"  {name:22} {'found' if here else 'missing'}  {weight.used_by}; licence {weight.license}")
+    print(f"store {uri}\n  {store}")
+    return int(not well)
+
+
+# ---- telling the user ----
+
+
+def _say_plan(planned: "list[PlannedStage]", stop_after: str | None) -> None:
+    for stage in planned:
+        print(f"  {stage.name:22} {stage.state:8} {stage.why}", file=sys.stderr)
+        if stage.name == stop_after:
+            return
+
+
+def _say_artifact(options: argparse.Namespace, store: "Store", artifact: "Artifact") -> None:
+    from vc2.pipeline.stages import page_of
+
+    if options.json:
+        print(json.dumps(artifact.model_dump(mode="json"), indent=1))
+        return
+    counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in artifact.counts.items())
+    print(f"{artifact.kind.replace('_', ' ')}: {artifact.uri}{f'  ({counts})' if counts else ''}")
+    if page := page_of(store, artifact):
+        print(page)
+
+
+def _entry() -> Any:  # pragma: no cover
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _entry()

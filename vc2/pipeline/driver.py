@@ -1,0 +1,285 @@
+"""The one DAG of this project, without a word of what runs it.
+
+    shard/webvid ---+
+                    +--> train/full ---> train/spatial ---> evaluate/evalcrafter
+    shard/laion-coco+                   /
+    shard/jdb -------------------------+
+
+Every fingerprint can be computed before anything runs, so the driver knows what is done by asking the store, and nobody
+else. How a stage is run is handed in as a callable: in this process (`vc2 run`) or as a deployment (the flows).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from vc2.artifacts import (
+    Artifact,
+    Checkpoint,
+    Manifest,
+    Report,
+    ShardSet,
+    checkpoint_prefix,
+    find,
+    fingerprint,
+    load_manifest,
+    shard_set_prefix,
+)
+from vc2.config import digest
+from vc2.data.config import STAGE_VERSION as SHARD_VERSION
+from vc2.data.config import source_digest
+from vc2.errors import ConfigError, StoreError
+from vc2.pipeline.recipes import PipelineConfig
+from vc2.storage import Store
+from vc2.train.config import STAGE_VERSION as TRAIN_VERSION
+
+__all__ = [
+    "DAG",
+    "FIELDS",
+    "STAGES",
+    "Node",
+    "PlannedStage",
+    "RunStage",
+    "drive",
+    "given_artifacts",
+    "next_repeat",
+    "plan",
+    "session",
+]
+
+
+StageName = Literal[
+    "shard/webvid", "shard/laion-coco", "shard/jdb", "train/full", "train/spatial", "evaluate/evalcrafter"
+]
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A stage of the DAG."""
+
+    name: StageName
+    field: str  # of PipelineConfig
+    version: int  # of the package that does the work: raised by hand when its results change
+    kind: type[Artifact]
+    inputs: Mapping[str, str]  # role -> name of the stage that makes it
+
+
+DAG = (
+    Node("shard/webvid", "webvid", SHARD_VERSION, ShardSet, {}),
+    Node("shard/laion-coco", "laion_coco", SHARD_VERSION, ShardSet, {}),
+    Node("shard/jdb", "jdb", SHARD_VERSION, ShardSet, {}),
+    Node("train/full", "full", TRAIN_VERSION, Checkpoint, {"videos": "shard/webvid", "images": "shard/laion-coco"}),
+    Node("train/spatial", "spatial", TRAIN_VERSION, Checkpoint, {"images": "shard/jdb", "start_from": "train/full"}),
+    Node(
+        "evaluate/evalcrafter",
+        "evaluation",
+        REPORT_VERSION,
+        Report,
+        {"checkpoint": "train/spatial", "base": "train/full", "videos": "shard/webvid"},
+    ),
+)
+STAGES: tuple[str, ...] = tuple(node.name for node in DAG)
+FIELDS = {node.name: node.field for node in DAG}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """What is known of a stage before it runs."""
+
+    name: str
+    version: int
+    fingerprint: str
+    prefix: str  # of its artifact in the store
+    repeat: int
+    inputs: Mapping[str, str]  # role -> name of the stage that makes it
+    state: Literal["done", "partial", "to do"]
+    artifact: Artifact | None
+    why: str
+
+
+class RunStage(Protocol):
+    """Makes the artifact of one stage; returns its reference."""
+
+    def __call__(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact: ...
+
+
+def plan(
+    config: PipelineConfig,
+    store: Store,
+    *,
+    repeat: int = 0,
+    start_at: str | None = None,
+    given: Mapping[str, Artifact] | None = None,
+) -> list[PlannedStage]:
+    """Every stage with its fingerprint and whether it is done.
+
+    Args:
+        repeat: Makes everything once more under other fingerprints; with `start_at` that stage alone (and, since their
+            inputs change, those after it).
+        start_at: The stage that `repeat` is for.
+        given: Artifacts to take in place of a stage's own, by stage name.
+    """
+    given = given or {}
+    names: dict[str, str] = {}  # what stands for a stage in the fingerprints of those that use it
+    planned = []
+    for node in DAG:
+        times = repeat if start_at in (None, node.name) else 0
+        if artifact := given.get(node.name):
+            names[node.name] = _input_name(artifact)
+            planned.append(_taken(node, artifact))
+            continue
+        name = _fingerprint(node, config, {role: names[stage] for role, stage in node.inputs.items()}, times)
+        prefix = _prefix(node, config, name)
+        names[node.name] = f"{name}@{_steps(node, config)}" if node.kind is Checkpoint else name
+        artifact = find(store, prefix, node.kind)
+        state, why = ("done", "found in the store") if artifact else _progress_of(node, config, store, name)
+        planned.append(PlannedStage(node.name, node.version, name, prefix, times, node.inputs, state, artifact, why))
+    return planned
+
+
+def drive(
+    config: PipelineConfig,
+    store: Store,
+    run_stage: RunStage,
+    *,
+    start_at: str | None = None,
+    stop_after: str | None = None,
+    repeat: int = 0,
+    given: Mapping[str, Artifact] | None = None,
+) -> Artifact:
+    """Source to report: reuse what is done, run what is not, in order. Returns the last stage's artifact.
+
+    Raises:
+        ConfigError: If a stage before `start_at` is not done, or a stage is not in the DAG.
+        StoreError: If a stage says that it finished and its manifest is not in the store.
+    """
+    for name in (start_at, stop_after):
+        if name and name not in STAGES:
+            raise ConfigError(f"no stage {name!r}; the stages are {', '.join(STAGES)}")
+    first = STAGES.index(start_at) if start_at else 0
+    last = STAGES.index(stop_after) if stop_after else len(STAGES) - 1
+    if first > last:
+        raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
+    made: dict[str, Artifact] = {}
+    for number, stage in enumerate(plan(config, store, repeat=repeat, start_at=start_at, given=given)[: last + 1]):
+        if stage.artifact is not None:
+            made[stage.name] = stage.artifact
+            continue
+        if number < first:
+            if any(stage.name in later.inputs.values() for later in DAG[first : last + 1]):
+                raise ConfigError(f"start_at={start_at} needs {stage.name}, which is {stage.state}; run it first")
+            continue
+        run_stage(stage, {role: made[name] for role, name in stage.inputs.items()})
+        finished = find(store, stage.prefix, DAG[number].kind)
+        if finished is None:
+            raise StoreError(f"{stage.name} ended well, yet {store.uri}/{stage.prefix} has no manifest; run it again")
+        made[stage.name] = finished
+    return made[STAGES[last]]
+
+
+@contextmanager
+def session(stages: Sequence[PlannedStage]) -> Iterator[None]:
+    """One Ray start for all shard stages that have to run; none if all are done."""
+    if not any(stage.name.startswith("shard/") and stage.state != "done" for stage in stages):
+        yield
+        return
+    from vc2.launch import ray_session, sharing_ray
+
+    with ray_session() as address, sharing_ray(address):
+        yield
+
+
+def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str) -> dict[str, Artifact]:
+    """Artifacts named by URI, by the stage they stand for.
+
+    Args:
+        shards: URIs of shard sets. `webvid=URI` takes a set in place of that source; a bare URI stands for its own.
+        checkpoint: URI of a checkpoint; it stands for the training stage that made it. Empty: none.
+
+    Raises:
+        ConfigError: If a URI is not in this store, names something else or no stage of the DAG.
+    """
+    given: dict[str, Artifact] = {}
+    for text in shards:
+        place, equals, uri = text.partition("=")
+        manifest, artifact = _by_uri(store, uri if equals else text, ShardSet)
+        given[f"shard/{place if equals else manifest.facts.get('source')}"] = artifact
+    if checkpoint:
+        manifest, artifact = _by_uri(store, checkpoint, Checkpoint)
+        given[f"train/{manifest.stage}"] = artifact
+    for stage in given:
+        if stage not in STAGES:
+            raise ConfigError(f"{stage} is no stage of this DAG; say for which source to take it: webvid=URI")
+    return given
+
+
+def _by_uri(store: Store, uri: str, kind: type[Artifact]) -> tuple[Manifest, Artifact]:
+    if not uri.startswith(store.uri + "/"):
+        raise ConfigError(
+            f"{uri} is not in the store {store.uri}; artifacts are taken from the store that is written to"
+        )
+    prefix = uri.removeprefix(store.uri).strip("/").removesuffix("/manifest.json")
+    manifest = load_manifest(store, prefix)
+    artifact = manifest.reference(store, prefix)
+    if not isinstance(artifact, kind):
+        raise ConfigError(f"{uri} is a {artifact.kind}; expected a {kind.__name__}")
+    return manifest, artifact
+
+
+def next_repeat(config: PipelineConfig, store: Store, start_at: str | None, stop_after: str | None) -> int:
+    """The smallest `repeat` under which the stages asked for are not all done."""
+    last = STAGES.index(stop_after) if stop_after else len(STAGES) - 1
+    repeat = 0
+    while plan(config, store, repeat=repeat, start_at=start_at)[last].state == "done":
+        repeat += 1
+    return repeat
+
+
+def _fingerprint(node: Node, config: PipelineConfig, inputs: dict[str, str], repeat: int) -> str:
+    stage = getattr(config, node.field)
+    if node.kind is ShardSet:
+        world = config.world
+        inputs = {"source": digest(world.identity()) if world else source_digest(stage.source)}
+    return fingerprint(node.name, node.version, stage, inputs, repeat)
+
+
+def _prefix(node: Node, config: PipelineConfig, name: str) -> str:
+    stage = getattr(config, node.field)
+    if node.kind is ShardSet:
+        return shard_set_prefix(stage.source.name, name)
+    if node.kind is Checkpoint:
+        return checkpoint_prefix(stage.name, name, stage.num_steps)
+    return f"reports/{name}"
+
+
+def _steps(node: Node, config: PipelineConfig) -> int:
+    return getattr(config, node.field).num_steps if node.kind is Checkpoint else 0
+
+
+def _input_name(artifact: Artifact) -> str:
+    if isinstance(artifact, Checkpoint):
+        return f"{artifact.fingerprint}@{artifact.step}"
+    return artifact.fingerprint
+
+
+def _taken(node: Node, artifact: Artifact) -> PlannedStage:
+    if not isinstance(artifact, node.kind):
+        raise ConfigError(f"{artifact.uri} is a {artifact.kind}; {node.name} makes a {node.kind.__name__}")
+    return PlannedStage(
+        node.name, node.version, artifact.fingerprint, artifact.prefix, 0, node.inputs, "done", artifact, "given by URI"
+    )
+
+
+def _progress_of(node: Node, config: PipelineConfig, store: Store, name: str) -> tuple[Any, str]:
+    if node.kind is Checkpoint:
+        steps = [int(entry.key.split("/")[-2]) for entry in store.list(f"runs/{node.field}/{name}/states/")
+                 if entry.key.endswith("/manifest.json")]  # fmt: skip
+        if steps:
+            return "partial", f"step {max(steps)} of {_steps(node, config)}"
+    if node.kind is ShardSet:
+        parts = sum(1 for _ in store.list(f"{_prefix(node, config, name)}/parts/"))
+        if parts:
+            return "partial", f"{parts} shards built"
+    return "to do", "not in the store"

@@ -1,0 +1,258 @@
+"""The stages of the DAG as plain functions: references in, a reference out. Nothing here knows who calls them.
+
+A stage looks for its artifact first, makes it if there is none, and commits its manifest last; so it can be repeated,
+killed and run twice at once.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vc2.artifacts import (
+    Artifact,
+    Checkpoint,
+    Report,
+    SampleSet,
+    Scorecard,
+    ShardSet,
+    find,
+    fingerprint,
+    load_manifest,
+    shard_set_prefix,
+)
+from vc2.data.config import STAGE_VERSION, ShardStage, source_digest
+from vc2.errors import ConfigError
+from vc2.eval.config import EvaluateStage
+from vc2.pipeline.driver import DAG, PlannedStage, plan
+from vc2.pipeline.recipes import PipelineConfig, world_folder
+from vc2.progress import Progress, silent
+from vc2.storage import Store, join_uri
+
+if TYPE_CHECKING:
+    from vc2.eval.metrics import Video
+
+__all__ = ["execute", "page_of", "run_stage", "sample_one", "shard_alone"]
+
+NODES = {node.name: node for node in DAG}
+
+
+def run_stage(
+    name: str,
+    config: PipelineConfig,
+    store: Store,
+    work: Path,
+    *,
+    given: Mapping[str, Artifact] | None = None,
+    repeat: int = 0,
+    progress: Progress = silent,
+) -> Artifact:
+    """One stage by itself. Its inputs are those given (by stage name), else those that the recipe resolves to.
+
+    Raises:
+        ConfigError: If an input is not done.
+    """
+    stages = {stage.name: stage for stage in plan(config, store, repeat=repeat, start_at=name, given=given)}
+    wanted = stages[name]
+    if wanted.artifact is not None:
+        return wanted.artifact
+    inputs: dict[str, Artifact] = {}
+    for role, source in wanted.inputs.items():
+        artifact = stages[source].artifact
+        if artifact is None:
+            raise ConfigError(
+                f"{name} needs {source}, which is {stages[source].state}; run it first (vc2 run does all), "
+                "or give its URI"
+            )
+        inputs[role] = artifact
+    return execute(wanted, config, store, work, inputs=inputs, progress=progress)
+
+
+def execute(
+    stage: PlannedStage,
+    config: PipelineConfig,
+    store: Store,
+    work: Path,
+    *,
+    inputs: Mapping[str, Artifact],
+    progress: Progress = silent,
+) -> Artifact:
+    """Make the artifact of a planned stage from its inputs."""
+    work.mkdir(parents=True, exist_ok=True)
+    kind = NODES[stage.name].kind
+    if kind is ShardSet:
+        return _shard(stage, config, store, work, progress)
+    if kind is Checkpoint:
+        return _train(stage, config, store, work, inputs, progress)
+    return _evaluate(stage, config, store, work, inputs, progress)
+
+
+def _shard(stage: PlannedStage, config: PipelineConfig, store: Store, work: Path, progress: Progress) -> Artifact:
+    from vc2.data.prepare import prepare
+
+    wanted: ShardStage = getattr(config, NODES[stage.name].field)
+    with ExitStack() as stack:
+        if config.world is not None:
+            from vc2.miniature.server import serve
+            from vc2.miniature.world import make_world
+
+            root = world_folder(config.world, work)
+            progress("small world", 0, 1)
+            make_world(config.world, root)
+            progress("small world", 1, 1)
+            if wanted.source.kind == "laion-coco":
+                from vc2.miniature.world import IMAGE_HOST
+
+                address = stack.enter_context(serve(root))
+                wanted = wanted.evolve(fetch=wanted.fetch.evolve(connect_to={IMAGE_HOST: address}))
+        return prepare(wanted, store, work, fingerprint=stage.fingerprint, repeat=stage.repeat, progress=progress)
+
+
+def shard_alone(
+    wanted: ShardStage, store: Store, work: Path, *, repeat: int = 0, progress: Progress = silent
+) -> ShardSet:
+    """Shards of a source that is not in the DAG: a user's own folder or table."""
+    from vc2.data.prepare import prepare
+
+    name = f"shard/{wanted.source.name}"
+    print_of = fingerprint(name, STAGE_VERSION, wanted, {"source": source_digest(wanted.source)}, repeat)
+    found = find(store, shard_set_prefix(wanted.source.name, print_of), ShardSet)
+    if found is not None:
+        return found
+    work.mkdir(parents=True, exist_ok=True)
+    return prepare(wanted, store, work, fingerprint=print_of, repeat=repeat, progress=progress)
+
+
+def _train(
+    stage: PlannedStage,
+    config: PipelineConfig,
+    store: Store,
+    work: Path,
+    inputs: Mapping[str, Artifact],
+    progress: Progress,
+) -> Artifact:
+    from vc2.train.run import train
+
+    shards = {role: artifact for role, artifact in inputs.items() if isinstance(artifact, ShardSet)}
+    start_from = inputs.get("start_from")
+    return train(
+        getattr(config, NODES[stage.name].field),
+        store,
+        work,
+        fingerprint=stage.fingerprint,
+        shards=shards,
+        start_from=start_from if isinstance(start_from, Checkpoint) else None,
+        inputs=inputs,
+        repeat=stage.repeat,
+        progress=progress,
+    )
+
+
+def _evaluate(
+    stage: PlannedStage,
+    config: PipelineConfig,
+    store: Store,
+    work: Path,
+    inputs: Mapping[str, Artifact],
+    progress: Progress,
+) -> Artifact:
+    from vc2.eval.report import publish
+    from vc2.pipeline.gather import gather, real_clips
+
+    started = time.monotonic()
+    wanted = config.evaluation.with_prompts()
+    made = {
+        role: _samples(wanted, store, work, artifact, stage.repeat, progress)
+        for role, artifact in inputs.items()
+        if isinstance(artifact, Checkpoint)
+    }
+    real = real_clips(store, inputs["videos"], wanted.all_prompts()) if "videos" in inputs else {}
+    scorecard = _scores(wanted, config, store, made, real, stage.repeat, progress)
+    progress("report", 0, 1)
+    data = gather(config, store, inputs, made, scorecard, real)
+    report = publish(
+        store,
+        data,
+        fingerprint=stage.fingerprint,
+        stage=stage.name,
+        stage_version=stage.version,
+        inputs={**inputs, "samples": made["checkpoint"], "scores": scorecard},
+        config=wanted.model_dump(mode="json"),
+        repeat=stage.repeat,
+        seconds=time.monotonic() - started,
+    )
+    progress("report", 1, 1)
+    return report
+
+
+def _samples(
+    wanted: EvaluateStage, store: Store, work: Path, checkpoint: Checkpoint, repeat: int, progress: Progress
+) -> SampleSet:
+    from vc2.eval.generate import STAGE_VERSION, generate
+
+    sampling = wanted.sampling()
+    inputs = {"checkpoint": f"{checkpoint.fingerprint}@{checkpoint.step}"}
+    name = fingerprint("sample", STAGE_VERSION, sampling, inputs, repeat)
+    return generate(sampling, store, work, fingerprint=name, checkpoint=checkpoint, repeat=repeat, progress=progress)
+
+
+def _scores(
+    wanted: EvaluateStage,
+    config: PipelineConfig,
+    store: Store,
+    made: Mapping[str, SampleSet],
+    real: "Mapping[str, Video]",
+    repeat: int,
+    progress: Progress,
+) -> Scorecard:
+    from vc2.eval.scorecard import STAGE_VERSION, sampled_videos, score
+
+    judge, others = None, {}
+    if config.world is not None:
+        from vc2.pipeline.gather import BEFORE, REAL, judge_by_truth
+
+        judge = judge_by_truth
+        if "base" in made:
+            others[BEFORE] = sampled_videos(store, made["base"], wanted.all_prompts())
+        if real:
+            others[REAL] = list(real.values())
+    inputs = {role: samples.fingerprint for role, samples in made.items()}
+    return score(
+        wanted,
+        store,
+        fingerprint=fingerprint("score", STAGE_VERSION, wanted, inputs, repeat),
+        samples=made["checkpoint"],
+        judge=judge,
+        others=others,
+        progress=progress,
+        repeat=repeat,
+    )
+
+
+def sample_one(
+    config: PipelineConfig,
+    store: Store,
+    work: Path,
+    *,
+    checkpoint: Artifact,
+    prompt: str,
+    seed: int,
+    output: Path,
+    progress: Progress = silent,
+) -> None:
+    """A video of one prompt, written to a local file."""
+    from vc2.eval.config import Prompt
+
+    if not isinstance(checkpoint, Checkpoint):
+        raise ConfigError(f"{checkpoint.uri} is a {checkpoint.kind}; expected a checkpoint")
+    wanted = config.evaluation.evolve(prompts=(Prompt(id="0000", text=prompt),), prompts_file="", seed=seed)
+    samples = _samples(wanted, store, work, checkpoint, 0, progress)
+    store.download(load_manifest(store, samples.prefix).file("0000.mp4").key, output)
+
+
+def page_of(store: Store, artifact: Artifact) -> str | None:
+    """Where the HTML page of a report is, or None for other artifacts."""
+    if not isinstance(artifact, Report):
+        return None
+    return join_uri(store.uri, f"{artifact.prefix}/report.html")
