@@ -62,13 +62,13 @@ def judge_by_truth(frames: np.ndarray, prompt: Prompt, fps: float) -> Mapping[st
 
 
 def real_clips(store: Store, shards: Artifact, prompts: Sequence[Prompt]) -> dict[str, Video]:
-    """For each prompt, by id, the first clip of a shard set whose caption it is."""
+    """For each prompt, by id, the first clip of a shard set whose caption begins with it."""
     manifest = load_manifest(store, shards.prefix)
     index = _index(store, manifest, ("caption", "key", "shard", "offset", "length", "frame_bytes", "fps"))
     tars = _tars(manifest)
     found: dict[str, Video] = {}
     for prompt in prompts:
-        rows = index.filter(pc.equal(index["caption"], prompt.text)).slice(0, 1).to_pylist()  # type: ignore[attr-defined]
+        rows = index.filter(pc.starts_with(index["caption"], prompt.text)).slice(0, 1).to_pylist()  # type: ignore[attr-defined]
         for row in rows:
             load = partial(read_frames, store, tars[row["shard"]], row["offset"], row["length"], row["frame_bytes"])
             found[prompt.id] = Video(prompt.id, float(row["fps"]), load)
