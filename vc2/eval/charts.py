@@ -1,0 +1,173 @@
+"""Charts as inline SVG, drawn with the page's own colours: loss curves with the trivial predictor's level, and the
+lineage.
+
+Coordinates are SVG's: x to the right, y downwards. Every figure has a title and a description for those who do not
+see it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from vc2.eval.page import element
+
+__all__ = ["lineage_layers", "lineage_svg", "loss_svg", "smoothed", "ticks"]
+
+Point = tuple[float, float]
+
+WIDTH, HEIGHT = 560, 310  # of a loss curve
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 16, 50
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 216, 70, 24, 46  # of a lineage
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about `count` steps apart."""
+    span = max(high - low, 1e-12)
+    power = 10 ** math.floor(math.log10(span / count))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * count >= span * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def smoothed(points: Sequence[Point], share: float = 0.06) -> list[Point]:
+    """A centred running mean over `share` of the points: reads the trend without lagging behind it."""
+    reach = max(1, round(len(points) * share / 2))
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    means = []
+    for i, (x, _) in enumerate(points):
+        room = min(reach, i, len(points) - 1 - i)
+        means.append((x, (sums[i + room + 1] - sums[i - room]) / (2 * room + 1)))
+    return means
+
+
+def loss_svg(name: str, points: Sequence[Point], trivial: float | None) -> str:
+    """A loss curve: every logged loss faintly, the trend over it, and the level of the trivial predictor dashed."""
+    points = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
+    if not points:
+        return f'<p class="empty">{escape(name)}: no losses were logged.</p>'
+    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+    values = [y for _, y in points] + ([trivial] if trivial is not None else [])
+    top = sorted(values)[
+        min(len(values) - 1, round(len(values) * 0.995))
+    ]  # a single wild loss must not flatten the curve
+    ys = ticks(0.0, max(top, trivial or 0.0) * 1.04)
+    xs = [x for x in ticks(first, last) if first <= x <= last]
+
+    def at(x: float, y: float) -> str:
+        px = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+        py = TOP + (1 - min(y, ys[-1]) / ys[-1]) * (HEIGHT - TOP - BOTTOM)
+        return f"{px:.1f},{py:.1f}"
+
+    def level(y: float) -> str:
+        return at(first, y).split(",")[1]
+
+    end = smoothed(points)[-1][1]
+    words = f"{len(points)} losses from step {first:g} to {last:g}; the last, smoothed, is {end:.3f}"
+    if trivial is not None:
+        words += f"; predicting zero noise would cost {trivial:.3f}"
+    across = {"x1": LEFT, "x2": WIDTH - RIGHT}
+    parts = [element("title", escape(name)), element("desc", escape(words))]
+    for y in ys:
+        parts.append(element("line", class_="grid", y1=level(y), y2=level(y), **across))
+        parts.append(element("text", f"{y:g}", x=LEFT - 8, y=level(y), dy=".35em", text_anchor="end"))
+    for x in xs:
+        px = at(x, 0).split(",")[0]
+        parts.append(element("text", f"{x:g}", x=px, y=HEIGHT - BOTTOM + 20, text_anchor="middle"))
+    middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    upright = f"translate(15 {middle[1]}) rotate(-90)"
+    parts.append(element("text", "training step", class_="axis", x=middle[0], y=HEIGHT - 6, text_anchor="middle"))
+    parts.append(element("text", "loss", class_="axis", transform=upright, text_anchor="middle"))
+    parts.append(element("polyline", class_="raw", points=" ".join(at(*point) for point in _thinned(points))))
+    parts.append(
+        element("polyline", class_="trend", points=" ".join(at(*point) for point in _thinned(smoothed(points))))
+    )
+    if trivial is not None:
+        note = f"trivial predictor {trivial:.2f}"
+        place = {"x": WIDTH - RIGHT - 4, "y": level(trivial), "dy": "1.25em", "text_anchor": "end"}
+        parts.append(element("line", class_="trivial", y1=level(trivial), y2=level(trivial), **across))
+        parts.append(element("text", note, class_="note", **place))
+    parts.append(element("line", class_="cursor", y1=TOP, y2=HEIGHT - BOTTOM))
+    sizes = {"data_left": LEFT, "data_right": RIGHT, "data_width": WIDTH}
+    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="loss", **sizes)
+
+
+def _thinned(points: Sequence[Point], most: int = 600) -> Sequence[Point]:
+    stride = math.ceil(len(points) / most)
+    return points if stride <= 1 else [*points[:-1:stride], points[-1]]
+
+
+def lineage_layers(inputs: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Names by their longest way from a source, so that every arrow points downwards."""
+    depth: dict[str, int] = {}
+
+    def place(name: str, path: tuple[str, ...] = ()) -> int:
+        if name not in depth:
+            if name in path:
+                raise ValueError(f"lineage goes in a circle: {' <- '.join((*path, name))}")
+            depth[name] = 1 + max(
+                (place(parent, (*path, name)) for parent in inputs[name] if parent in inputs), default=-1
+            )
+        return depth[name]
+
+    for name in inputs:
+        place(name)
+    return [[name for name in inputs if depth[name] == level] for level in range(max(depth.values(), default=-1) + 1)]
+
+
+def lineage_svg(inputs: Mapping[str, Sequence[str]], lines: Mapping[str, Sequence[str]]) -> str:
+    """The graph of artifacts, sources on top: a box per name with its lines of text, an arrow per input."""
+    layers = lineage_layers(inputs)
+    if not layers:
+        return ""
+    centres = _centres(layers, inputs)
+    left = min(centres.values()) - BOX_WIDTH / 2 - 2
+    width = max(centres.values()) + BOX_WIDTH / 2 + 2 - left
+    tops = {name: 2 + row * (BOX_HEIGHT + GAP_Y) for row, layer in enumerate(layers) for name in layer}
+    height = len(layers) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 4
+    tip = element("path", class_="tip", d="M0 0 8 4 0 8Z")
+    arrow = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "markerWidth": 7, "markerHeight": 7, "orient": "auto"}
+    parts = [
+        element("title", "Lineage"),
+        element("desc", "What each artifact was made from; the same as the list."),
+        element("defs", element("marker", tip, id="tip", **arrow)),
+    ]
+    for name, parents in inputs.items():
+        for parent in (parent for parent in parents if parent in centres):
+            start, end = (centres[parent] - left, tops[parent] + BOX_HEIGHT), (centres[name] - left, tops[name])
+            parts.append(element("path", class_="edge", d=_edge(start, end), marker_end="url(#tip)"))
+    for name, top in tops.items():
+        words = [
+            element("text", escape(line), class_=style, x=14, y=22 + 19 * row)
+            for row, (style, line) in enumerate(zip(("name", "hash", "note"), lines[name], strict=False))
+        ]
+        box = element("rect", width=BOX_WIDTH, height=BOX_HEIGHT, rx=9)
+        x = centres[name] - left - BOX_WIDTH / 2
+        parts.append(element("g", box, *words, transform=f"translate({x:.0f} {top})"))
+    size = {"viewBox": f"0 0 {width:.0f} {height}", "width": f"{width:.0f}", "height": height}
+    return element("svg", *parts, role="img", class_="lineage", **size)
+
+
+def _edge(start: Point, end: Point) -> str:
+    """Straight down to the gap above the end's layer, then a bend into it: does not cross boxes in between."""
+    (x0, _), (x1, y1) = start, end
+    y = y1 - GAP_Y
+    return f"M{x0:.0f} {start[1]}V{y}C{x0:.0f} {y + 31} {x1:.0f} {y + 15} {x1:.0f} {y1}"
+
+
+def _centres(layers: Sequence[Sequence[str]], inputs: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Where the middle of each box is: below the mean of what it was made from, as far as its neighbours leave room."""
+    step = BOX_WIDTH + GAP_X
+    centres: dict[str, float] = {}
+    for layer in layers:
+        wanted: dict[str, float] = {}
+        for place, name in enumerate(layer):
+            above = [centres[parent] for parent in inputs[name] if parent in centres]
+            wanted[name] = sum(above) / len(above) if above else place * step
+        free = -math.inf
+        for name in sorted(layer, key=wanted.__getitem__):
+            centres[name] = max(wanted[name], free)
+            free = centres[name] + step
+    return centres

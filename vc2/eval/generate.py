@@ -1,0 +1,197 @@
+"""Checkpoint -> SampleSet: a video for every prompt, spread over ranks by fixed groups.
+
+The prompts are cut into groups of `group_size` in their order, whatever the number of ranks; pending group i goes to
+rank i mod world_size. A group is sampled as one batch, encoded, stored, and exists when its record does; one that was
+interrupted is redone whole. Noise is drawn per prompt from (seed, prompt id) and every rank computes with one CPU
+thread, so neither the number of ranks nor an interruption changes a bit. Parallelism on a CPU is therefore
+`world_size`.
+
+    samples/<fingerprint>/<prompt id>.mp4        the videos
+    samples/<fingerprint>/groups/<number>.json   records of finished groups: what resuming looks at
+    samples/<fingerprint>/prompts.jsonl          what they were made from, with seeds
+    samples/<fingerprint>/manifest.json          last
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from vc2.artifacts import Artifact, Checkpoint, FileEntry, Manifest, SampleSet, commit, find, put_file
+from vc2.config import Config, digest
+from vc2.eval.config import Prompt, SampleStage
+from vc2.launch import run_ranks
+from vc2.progress import Progress, silent
+from vc2.seeding import derive_seed
+from vc2.storage import Store
+
+__all__ = [
+    "STAGE_VERSION",
+    "Group",
+    "GroupRecord",
+    "Launch",
+    "SampleJob",
+    "cut_into_groups",
+    "generate",
+    "prompt_seed",
+    "samples_prefix",
+]
+
+STAGE_VERSION = 1
+
+
+class Launch(Protocol):
+    """Runs `python -m module config_uri` on `world_size` ranks; `vc2.launch.run_ranks` does it on this machine."""
+
+    def __call__(
+        self, module: str, config_uri: str, *, world_size: int, work: Path, name: str, progress: Progress
+    ) -> None: ...
+
+
+class Group(Config):
+    """Prompts that are sampled together; `asked` is the digest of all that decides their videos."""
+
+    number: int
+    prompts: tuple[Prompt, ...]
+    asked: str
+
+
+class GroupRecord(Config):
+    """The videos of a finished group."""
+
+    asked: str
+    files: tuple[FileEntry, ...]
+
+
+class SampleJob(Config):
+    """What the ranks read."""
+
+    store: str
+    fingerprint: str
+    checkpoint: str  #: prefix of the checkpoint in the store
+    config: SampleStage
+    groups: tuple[Group, ...]  #: those to do
+    num_groups: int
+    cache: str  #: folder for weights
+
+
+def samples_prefix(fingerprint: str) -> str:
+    return f"samples/{fingerprint}"
+
+
+def prompt_seed(seed: int, prompt: Prompt) -> int:
+    """Seed of all noise of a prompt's video."""
+    return derive_seed(seed, "sample", prompt.id)
+
+
+def cut_into_groups(config: SampleStage, prompts: tuple[Prompt, ...], checkpoint: Checkpoint) -> list[Group]:
+    """The groups of prompts, the same for any number of ranks."""
+    settings = {
+        name: value for name, value in config.identity().items() if not name.startswith(("prompts", "num_prompts"))
+    }
+    groups = []
+    for number, start in enumerate(range(0, len(prompts), config.group_size)):
+        members = prompts[start : start + config.group_size]
+        asked = digest([checkpoint.content_digest, settings, [[prompt.id, prompt.text] for prompt in members]])
+        groups.append(Group(number=number, prompts=members, asked=asked))
+    return groups
+
+
+def generate(
+    config: SampleStage,
+    store: Store,
+    work: Path,
+    *,
+    fingerprint: str,
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Artifact] | None = None,
+    progress: Progress = silent,
+    repeat: int = 0,
+    launch: Launch = run_ranks,
+) -> SampleSet:
+    """Sample a video for every prompt, on `config.world_size` ranks. Safe to repeat: finished groups are not redone.
+
+    Args:
+        config: What to sample; a file's prompts are read here.
+        store, work: Where artifacts are kept; a folder for the job, its logs and fetched weights.
+        fingerprint: Name of the sample set.
+        checkpoint: The weights.
+        inputs: Recorded in the manifest beside the checkpoint.
+        progress: Told as groups finish, in videos.
+        repeat: As in the fingerprint.
+        launch: Starts the ranks and waits for them.
+
+    Raises:
+        ConfigError: If there are no prompts, or the file's are not those that `config` was bound to.
+        LaunchFailed: If a rank ends with an error.
+    """
+    prefix = samples_prefix(fingerprint)
+    if done := find(store, prefix, SampleSet):
+        return done
+    started = time.monotonic()
+    prompts = config.all_prompts()
+    groups = cut_into_groups(config, prompts, checkpoint)
+    pending = [group for group in groups if finished_record(store, prefix, group) is None]
+    progress("samples", len(prompts) - sum(len(group.prompts) for group in pending), len(prompts))
+    if pending:
+        job = SampleJob(
+            store=store.uri,
+            fingerprint=fingerprint,
+            checkpoint=checkpoint.prefix,
+            config=config,
+            groups=tuple(pending),
+            num_groups=len(groups),
+            cache=str(work / "cache" / "weights"),
+        )
+        path = work / "jobs" / f"sample-{fingerprint[:16]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(job.model_dump_json())
+        ranks = min(config.world_size, len(pending))
+        name = f"sample-{fingerprint[:8]}"
+        launch("vc2.eval.generate_rank", str(path), world_size=ranks, work=work, name=name, progress=progress)
+
+    files: list[FileEntry] = []
+    for group in groups:
+        record = finished_record(store, prefix, group)
+        assert record is not None, f"group {group.number} ended without a record"
+        files += record.files
+    lines = [_line(config, prompt) for prompt in prompts]
+    files.append(put_file(store, prefix, "prompts.jsonl", "".join(lines).encode()))
+    manifest = Manifest(
+        kind="sample_set",
+        stage="sample",
+        stage_version=STAGE_VERSION,
+        fingerprint=fingerprint,
+        repeat=repeat,
+        config=config.model_dump(mode="json"),
+        inputs={"checkpoint": checkpoint, **(inputs or {})},
+        files=tuple(files),
+        counts={"videos": len(prompts), "groups": len(groups)},
+        facts={"checkpoint_content": checkpoint.content_digest, "resumed_groups": len(groups) - len(pending)},
+        seconds=round(time.monotonic() - started, 3),
+    )
+    samples = commit(store, prefix, manifest)
+    assert isinstance(samples, SampleSet)
+    return samples
+
+
+def record_key(prefix: str, number: int) -> str:
+    return f"{prefix}/groups/{number:05d}.json"
+
+
+def finished_record(store: Store, prefix: str, group: Group) -> GroupRecord | None:
+    """The record of a finished group; None where there is none, or it answers another question."""
+    try:
+        record = GroupRecord.model_validate_json(store.read(record_key(prefix, group.number)))
+    except (KeyError, ValidationError):
+        return None
+    return record if record.asked == group.asked else None
+
+
+def _line(config: SampleStage, prompt: Prompt) -> str:
+    row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text, "attributes": prompt.attributes}
+    row |= {"seed": prompt_seed(config.seed, prompt), "file": f"{prompt.id}.mp4"}
+    return json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n"
