@@ -1,0 +1,233 @@
+"""Judges that know the world's truth and need no weights: the right thing, the right way, how good a picture.
+
+The background is the median colour of a clip. A thing is what differs from it in *chroma*, the plane of red - green
+against yellow - blue: all things are strongly coloured and all backgrounds muted, and a white watermark or a grey
+flicker hardly shows there. Colour is read from the hue of that difference, shape from the overlap with drawn
+templates of the same place and size, direction from a line through the places over time.
+
+    colour      of the thing: 1 right, 0 wrong
+    shape       likewise
+    background  its colour, likewise
+    direction   1 right, 0 wrong; for a thing at rest 1 if it rests (clips only)
+    speed       units a second along its path (clips only)
+    visible     share of frames in which a thing is found
+    watermark   estimated opacity of the known watermark
+    sharpness   mean slope of the thing's edges, 1 / pixel
+    noise       standard deviation, grey levels
+    flicker     mean change of level from frame to frame, grey levels (clips only)
+
+Shapes: T frames, H x W pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vc2.miniature.degrade import watermark_alpha
+from vc2.miniature.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, ThingTruth, Truth, shape_cover
+
+__all__ = ["RIGHTS", "judge"]
+
+RIGHTS = ("colour", "shape", "direction", "background")  # what a caption claims
+
+FAINTEST = 34.0  # chroma difference below which nothing is seen
+SMALLEST = 0.008  # share of the frame below which nothing is seen
+REST = 0.03  # of a unit: less displacement over the clip is rest
+# Blur and coding round corners off and never the reverse, so a rounded square is nearer to a circle than a circle is to
+# a square. Overlap given for nothing, half way between what rounded shapes lose and what other shapes reach.
+HANDICAP = {"circle": 0.0, "square": 0.048, "triangle": 0.09}
+
+
+def judge(frames: np.ndarray, truth: Truth, fps: float) -> dict[str, float]:
+    """Judge a clip (T, H, W, 3) uint8, T = 1 for a picture, against what its caption says.
+
+    Of several things, colour and shape are the share that is right; direction and speed are the first one's.
+    """
+    clip = _Clip.of(frames)
+    alone = len(truth.things) == 1
+    found = [clip.prominent() if alone else clip.of_colour(thing.colour) for thing in truth.things]
+    things = [_judge_thing(clip, masks, thing, fps) for masks, thing in zip(found, truth.things, strict=True)]
+    scores = dict(things[0])
+    for name in ("colour", "shape", "visible"):
+        scores[name] = float(np.mean([thing[name] for thing in things]))
+    nearest = min(BACKGROUNDS, key=lambda name: float(np.abs(clip.background - BACKGROUNDS[name]).sum()))
+    scores["background"] = float(nearest == truth.background)
+    return scores | _judge_picture(clip, np.any(found, axis=0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    rgb: np.ndarray  # (T, H, W, 3) float
+    background: np.ndarray  # (3,) median colour
+    chroma: np.ndarray  # (T, H, W, 2) difference from the background's
+
+    @classmethod
+    def of(cls, frames: np.ndarray) -> "_Clip":
+        rgb = frames.astype(np.float32)
+        background = np.median(rgb.reshape(-1, 3), axis=0)
+        return cls(rgb, background, _chroma(_smooth(rgb)) - _chroma(background))
+
+    @property
+    def unit(self) -> float:
+        """Pixels in a unit of the scene."""
+        return min(self.rgb.shape[1], self.rgb.shape[2] * 0.6)
+
+    def prominent(self) -> np.ndarray:
+        """Where the most colourful thing is, (T, H, W) bool."""
+        strength = np.sqrt((self.chroma**2).sum(axis=-1))
+        peak = np.quantile(strength, 0.985)
+        return self._around_the_densest(strength > max(FAINTEST, 0.42 * peak))
+
+    def of_colour(self, colour: str) -> np.ndarray:
+        """Where a thing of the given colour is, (T, H, W) bool."""
+        strength = np.sqrt((self.chroma**2).sum(axis=-1))
+        mine = self.hues().argmax(axis=-1) == list(COLOURS).index(colour)
+        return self._around_the_densest(mine & (strength > FAINTEST))
+
+    def hues(self, chroma: np.ndarray | None = None) -> np.ndarray:
+        """Likeness (cosine) of chroma differences (..., 2) to every colour of the world, (..., 6)."""
+        chroma = self.chroma if chroma is None else chroma
+        wanted = _chroma(np.array(list(COLOURS.values()), np.float32)) - _chroma(self.background)
+        wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
+        return chroma @ wanted.T / (np.linalg.norm(chroma, axis=-1, keepdims=True) + 1e-6)
+
+    def _around_the_densest(self, masks: np.ndarray) -> np.ndarray:
+        """Masks cut to a window around their densest place in each frame; empty where too little is there."""
+        reach = int(0.4 * self.unit) + 1
+        height, width = masks.shape[1:]
+        kept = np.zeros_like(masks)
+        for mask, out in zip(masks, kept, strict=True):
+            density = _box(mask.astype(np.float32), reach)
+            top, left = np.unravel_index(np.argmax(density), density.shape)
+            ys, xs = np.nonzero(mask[max(0, top - reach) : top + reach + 1, max(0, left - reach) : left + reach + 1])
+            if len(ys) < SMALLEST * height * width:
+                continue
+            # The densest window may sit off the thing's middle: look again around the centre of what it holds.
+            top, left = int(ys.mean()) + max(0, top - reach), int(xs.mean()) + max(0, left - reach)
+            window = np.s_[max(0, top - reach) : top + reach + 1, max(0, left - reach) : left + reach + 1]
+            out[window] = mask[window]
+        return kept
+
+
+def _judge_thing(clip: _Clip, masks: np.ndarray, thing: ThingTruth, fps: float) -> dict[str, float]:
+    num_frames = len(masks)
+    seen = np.any(masks, axis=(1, 2))
+    scores = {"visible": float(seen.mean()), "colour": 0.0, "shape": 0.0}
+    if num_frames > 1:
+        scores |= {"direction": 0.0, "speed": 0.0}
+    if not seen.any():
+        return scores
+    votes = clip.hues(clip.chroma[masks].mean(axis=0))
+    scores["colour"] = float(list(COLOURS)[int(votes.argmax())] == thing.colour)
+    scores["shape"] = float(_shape(clip, masks) == thing.shape)
+    if num_frames > 1 and seen.sum() >= max(2, num_frames // 2):
+        moved, straight = _displacement(masks, seen, clip.unit)
+        scores["speed"] = float(np.hypot(*moved) * fps / (num_frames - 1))
+        if thing.motion is None:
+            scores["direction"] = float(np.hypot(*moved) < 2 * REST)
+        else:
+            wanted = np.array(DIRECTIONS[thing.motion], float)
+            along = float(moved @ wanted)
+            scores["direction"] = float(straight and along > REST and along > 0.8 * np.hypot(*moved))
+    return scores
+
+
+def _displacement(masks: np.ndarray, seen: np.ndarray, unit: float) -> tuple[np.ndarray, bool]:
+    """Displacement (x, y) over the clip, in units, by a line through the places, and whether they follow that line."""
+    frames = np.flatnonzero(seen)
+    places = np.array([[np.nonzero(masks[t])[1].mean(), np.nonzero(masks[t])[0].mean()] for t in frames]) / unit
+    slope, start = np.polyfit(frames, places, 1)
+    error = places - (frames[:, None] * slope + start)
+    moved = slope * (len(masks) - 1)
+    return moved, bool(np.sqrt((error**2).sum(axis=1).mean()) < 0.5 * np.hypot(*moved) + 0.01)
+
+
+def _shape(clip: _Clip, masks: np.ndarray) -> str:
+    """The shape whose outline overlaps best with the masks, over the frames that show the whole thing or most."""
+    height, width = masks.shape[1:]
+    areas = masks.sum(axis=(1, 2))
+    inside = np.array([not (m[0].any() or m[-1].any() or m[:, 0].any() or m[:, -1].any()) for m in masks]) & (areas > 0)
+    chosen = np.flatnonzero(inside if inside.any() else areas == areas.max())
+    overlap = {shape: HANDICAP[shape] * len(chosen) for shape in SHAPES}
+    for t in chosen:
+        ys, xs = np.nonzero(masks[t])
+        y, x = ys.mean() + 0.5, xs.mean() + 0.5
+        for shape in SHAPES:
+            overlap[shape] += max(
+                _likeness(masks[t], shape_cover(shape, width, height, x, y + dy, areas[t])) for dy in (-0.5, 0.0, 0.5)
+            )
+    return max(overlap, key=overlap.__getitem__)
+
+
+def _likeness(mask: np.ndarray, cover: np.ndarray) -> float:
+    """Intersection over union of a mask and a soft template."""
+    return float(np.minimum(mask, cover).sum() / np.maximum(mask, cover).sum())
+
+
+def _judge_picture(clip: _Clip, masks: np.ndarray) -> dict[str, float]:
+    height, width = masks.shape[1:]
+    luma = clip.rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    bare = np.stack([_box(mask.astype(np.float32), 2) < 1e-3 for mask in masks])  # away from things
+    alpha = watermark_alpha(width, height)
+    scores = {"sharpness": _sharpness(clip, masks), "watermark": _watermark(luma, bare, alpha)}
+    # Immerkaer 1996: this kernel answers to noise and not to smooth pictures; the median, so that edges do not count.
+    kernel = luma[:, :-2] - 2 * luma[:, 1:-1] + luma[:, 2:]
+    kernel = kernel[:, :, :-2] - 2 * kernel[:, :, 1:-1] + kernel[:, :, 2:]
+    plain = bare & (_box(alpha, 2) < 1e-3)
+    answers = np.abs(kernel[plain[:, 1:-1, 1:-1]])
+    scores["noise"] = float(np.median(answers) / (6 * 0.6745)) if answers.size else 0.0
+    if len(luma) > 1:
+        always = plain.all(axis=0)
+        always = always if always.any() else np.ones_like(always)
+        level = luma[:, always].mean(axis=1)
+        scores["flicker"] = float(np.abs(np.diff(level)).mean())
+    return scores
+
+
+def _sharpness(clip: _Clip, masks: np.ndarray) -> float:
+    """Mean slope of the thing's edge, 1 / pixel: squared over plain gradient of its cover. 0 if nothing is there."""
+    slopes = []
+    for rgb, mask in zip(clip.rgb, masks, strict=True):
+        if not mask.any():
+            continue
+        towards = np.median(rgb[mask], axis=0) - clip.background
+        cover = np.clip((rgb - clip.background) @ towards / (towards @ towards), 0, 1)
+        gradient = np.hypot(np.diff(cover, axis=0)[:, :-1], np.diff(cover, axis=1)[:-1])
+        near = (_box(mask.astype(np.float32), 2) > 1e-3)[:-1, :-1] & (gradient > 0.08)
+        if near.any():
+            slopes.append((gradient[near] ** 2).sum() / gradient[near].sum())
+    return float(np.mean(slopes)) if slopes else 0.0
+
+
+def _watermark(luma: np.ndarray, bare: np.ndarray, alpha: np.ndarray) -> float:
+    """Opacity of the watermark by projection of the mean picture's fine detail on the watermark's."""
+    weight = bare.sum(axis=0)
+    usable = weight > 0
+    if not usable.any():
+        return 0.0
+    level = float(np.median(luma[bare]))
+    mean = np.where(usable, (luma * bare).sum(axis=0) / np.maximum(weight, 1), level)
+    detail, wanted = mean - _box(mean, 3), (alpha - _box(alpha, 3)) * usable
+    power = float((wanted**2).sum())
+    opacity = float((detail * wanted).sum()) / power / max(235 - level, 30) if power > 0 else 0.0
+    return max(0.0, opacity)
+
+
+def _chroma(rgb: np.ndarray) -> np.ndarray:
+    """Red - green and yellow - blue of colours (..., 3), as (..., 2)."""
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    return np.stack([red - green, (red + green) / 2 - blue], axis=-1)
+
+
+def _smooth(rgb: np.ndarray) -> np.ndarray:
+    """A light blur within frames (T, H, W, 3) against noise."""
+    wide = np.pad(rgb, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    rows = wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]
+    return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 16
+
+
+def _box(plane: np.ndarray, reach: int) -> np.ndarray:
+    """Mean over (2 reach + 1) squared pixels of a plane (H, W), edges repeated."""
+    size = 2 * reach + 1
+    sums = np.pad(np.pad(plane.astype(np.float64), reach, mode="edge").cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    return (sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]) / size**2
