@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +181,10 @@ def _run(options: argparse.Namespace) -> None:
     given = driver.given_artifacts(store, options.shards, options.checkpoint)
     planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given)
     _say_plan(planned, options.stop_after)
-    with rich_progress() as progress, driver.session(planned):
+    with rich_progress() as progress, driver.session(planned, start_at=options.start_at, stop_after=options.stop_after):
 
-        def run_stage(stage: "PlannedStage", inputs: "dict[str, Artifact]") -> "Artifact":
-            return stages.execute(stage, config, store, work, inputs=inputs, progress=progress)
+        def run_stage(planned: "PlannedStage", inputs: "Mapping[str, Artifact]") -> "Artifact":
+            return stages.execute(planned, config, store, work, inputs=inputs, progress=progress)
 
         made = driver.drive(
             config,

@@ -11,6 +11,7 @@ line of what went wrong.
 
 import ctypes
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -278,7 +279,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
             return
         try:
             if folder is None:
-                ray.init(address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 _start_ray(folder, num_cpus or cpu_count())
             yield ray.get_runtime_context().gcs_address
@@ -300,7 +301,7 @@ def _start_ray(folder: Path, num_cpus: int) -> None:
                 object_store_memory=256 * 2**20,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
             return
         except Exception as error:  # Ray raises plain exceptions here, mostly for having waited 30 s in vain

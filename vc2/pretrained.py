@@ -33,6 +33,7 @@ WEIGHTS: Mapping[str, Weight] = {
     for weight in (
         Weight("sd21-base", "sd21-base/v2-1_512-ema-pruned.safetensors", "CreativeML Open RAIL++-M", "train/full",
                ("stabilityai/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors")),
+        Weight("miniature-image-base", "miniature/image_base.safetensors", "Apache-2.0", "train/full of the miniature"),
         Weight("openclip-vit-h-14", "openclip/ViT-H-14/open_clip_model.safetensors", "MIT", "train, evaluate",
                ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_model.safetensors")),
         Weight("videocrafter2", "videocrafter2/model.ckpt", "Apache-2.0", "continue from the released model",

@@ -8,7 +8,7 @@ text, one prompt a line.
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -62,7 +62,7 @@ class SampleStage(Config):
         _check_ids(self.prompts)
         return self
 
-    def with_prompts(self, path: str | Path | None = None) -> "SampleStage":
+    def with_prompts(self, path: str | Path | None = None) -> Self:
         """A copy bound to the prompts that the file (or `path`) holds now: its identity names their content.
 
         Raises:

@@ -180,9 +180,14 @@ def drive(
 
 
 @contextmanager
-def session(stages: Sequence[PlannedStage]) -> Iterator[None]:
-    """One Ray start for all shard stages that have to run; none if all are done."""
-    if not any(stage.name.startswith("shard/") and stage.state != "done" for stage in stages):
+def session(
+    stages: Sequence[PlannedStage], *, start_at: str | None = None, stop_after: str | None = None
+) -> Iterator[None]:
+    """One Ray start for all shard stages that have to run; none if there are none."""
+    first = STAGES.index(start_at) if start_at in STAGES else 0
+    last = STAGES.index(stop_after) if stop_after in STAGES else len(STAGES) - 1
+    asked = stages[first : last + 1]
+    if not any(stage.name.startswith("shard/") and stage.state != "done" for stage in asked):
         yield
         return
     from vc2.launch import ray_session, sharing_ray

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,24 @@ def gather(
         lineage=_nodes(lineage),
         config=config.model_dump(mode="json"),
         timings=[Timing(name, manifest.seconds) for name, manifest in lineage.items()],
-        environment=lineage["train/full"].environment if "train/full" in lineage else {},
+        environment=trained[-1].environment if trained else {},
+        figures=_figures(trained),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=inputs["checkpoint"].fingerprint,
     )
+
+
+def _figures(trained: Sequence[Manifest]) -> dict[str, str]:
+    """Words for the top of the page."""
+    if not trained:
+        return {}
+    counts = [manifest.counts for manifest in trained]
+    steps = ", then ".join(f"{manifest.counts['steps']:,} ({manifest.stage})" for manifest in trained)
+    return {
+        "parameters": f"{counts[-1]['total_parameters']:,}",
+        "training steps": steps,
+        "samples seen": f"{sum(count['samples'] for count in counts):,}",
+    }
 
 
 def _in_order(judges: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

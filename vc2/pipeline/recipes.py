@@ -21,8 +21,15 @@ from vc2.data.config import (
 )
 from vc2.errors import ConfigError
 from vc2.eval.config import EvaluateStage, Prompt
-from vc2.miniature.config import WorldConfig, autoencoder_config, autoencoder_weights
-from vc2.model.config import SamplerConfig, TextConfig, UNetConfig
+from vc2.miniature.config import (
+    WorldConfig,
+    autoencoder_config,
+    autoencoder_weights,
+    image_base_weights,
+    text_config,
+    unet_config,
+)
+from vc2.model.config import SamplerConfig
 from vc2.storage import file_digest
 from vc2.train.config import ModelConfig, OptimizerConfig, Strategy, TrainStage
 
@@ -91,8 +98,11 @@ def resolve(
         "paper": paper,
     }
     config = merge(functions[recipe](work), overrides)
-    if config.world is not None:
-        config = config.evolve(evaluation=_with_world_prompts(config))
+    evaluation = config.evaluation
+    if evaluation.prompts_file and not evaluation.prompts:
+        return config.evolve(evaluation=evaluation.with_prompts())
+    if config.world is not None and not evaluation.prompts:
+        return config.evolve(evaluation=_with_world_prompts(evaluation, config.world))
     return config
 
 
@@ -107,27 +117,21 @@ def miniature(work: Path = DEFAULT_WORK) -> PipelineConfig:
     image = SampleForm(num_frames=1, width=80, height=48, min_side=32)
     square = image.evolve(width=64, height=64)
     fetch = FetchConfig(
-        connect_timeout=2, idle_timeout=3, total_timeout=4, retries=1, backoff=0.1, part_rows=100, concurrency=16
+        connect_timeout=2, idle_timeout=2, total_timeout=4, retries=1, backoff=0.1, part_rows=64, concurrency=16
     )
     model = ModelConfig(
-        unet=UNetConfig(
-            model_channels=32,
-            channel_mult=(1, 2),
-            num_res_blocks=1,
-            attention_resolutions=(2,),
-            num_head_channels=16,
-            context_dim=64,
-            norm_groups=8,
-            addition_attention=False,
-        ),
+        unet=unet_config(),
         autoencoder=autoencoder_config(),
-        text=TextConfig(width=64, heads=4, layers=3, layers_used=2, context_length=32, seed=7),
+        text=text_config(),
         autoencoder_sha256=file_digest(autoencoder_weights()).sha256,
         autoencoder_path=str(autoencoder_weights()),
     )
     full = TrainStage(
         name="full",
         model=model,
+        sd_init="miniature-image-base",
+        sd_sha256=file_digest(image_base_weights()).sha256,
+        sd_path=str(image_base_weights()),
         batch_size=16,
         image_share=0.125,
         optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=40, clip_norm=1.0),
@@ -162,6 +166,9 @@ def miniature(work: Path = DEFAULT_WORK) -> PipelineConfig:
         spatial=full.evolve(
             name="spatial",
             strategy=Strategy(trainable="spatial"),
+            sd_init="",
+            sd_sha256="",
+            sd_path="",
             image_share=1.0,
             optimizer=full.optimizer.evolve(lr=5e-4),
             num_steps=250,
@@ -244,15 +251,11 @@ def world_folder(world: WorldConfig, work: Path) -> Path:
     return work / "world" / digest(world.identity())[:12]
 
 
-def _with_world_prompts(config: PipelineConfig) -> EvaluateStage:
+def _with_world_prompts(evaluation: EvaluateStage, world: WorldConfig) -> EvaluateStage:
     from vc2.miniature.world import prompt_rows
 
-    assert config.world is not None
-    if config.evaluation.prompts or config.evaluation.prompts_file:
-        return config.evaluation
-    rows = prompt_rows(config.world)[: config.evaluation.num_prompts]
     prompts = tuple(
         Prompt(id=f"{number:04d}", text=row["prompt"], attributes={"truth": row["truth"], "seen": row["seen"]})
-        for number, row in enumerate(rows)
+        for number, row in enumerate(prompt_rows(world)[: evaluation.num_prompts])
     )
-    return config.evaluation.evolve(prompts=prompts)
+    return evaluation.evolve(prompts=prompts)

@@ -1,0 +1,93 @@
+"""Ranks: what they report arrives, what goes wrong is told once, and none outlives its starter."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vc2.errors import LaunchFailed, Preempted
+from vc2.launch import run_ranks, this_rank
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from vc2.errors import ConfigError, Preempted
+from vc2.launch import report, run_rank, this_rank
+
+def main(config):
+    rank = this_rank()
+    what = Path(config).read_text()
+    if what == "fine":
+        report("work", rank.rank + 1, rank.world_size, loss=0.5)
+    elif what == "error" and rank.rank == 1:
+        raise ConfigError("lr=-1: expected a number above 0")
+    elif what == "preempted":
+        raise Preempted("asked to stop at step 3; the same command goes on")
+    else:
+        Path(config).with_suffix(f".pid{rank.rank}").write_text(str(os.getpid()))
+        time.sleep(600)
+
+run_rank(main)
+"""
+
+
+@pytest.fixture
+def rank_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "a_rank.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "a_rank"
+
+
+def run(module: str, tmp_path: Path, what: str, progress) -> None:
+    (tmp_path / "config").write_text(what)
+    run_ranks(module, str(tmp_path / "config"), world_size=2, work=tmp_path, name="test", progress=progress)
+
+
+def test_progress_of_every_rank_arrives(rank_module: str, tmp_path: Path) -> None:
+    told = []
+    run(rank_module, tmp_path, "fine", lambda work, done, total=None, **figures: told.append((done, total, figures)))
+    assert sorted(told, key=lambda line: line[0]) == [(1, 2, {"loss": 0.5}), (2, 2, {"loss": 0.5})]
+
+
+def test_the_first_error_is_told_in_one_line_and_ends_all(rank_module: str, tmp_path: Path) -> None:
+    with pytest.raises(LaunchFailed, match=r"test: rank 1: lr=-1: expected a number above 0 \(log: "):
+        run(rank_module, tmp_path, "error", lambda *_, **__: None)
+
+
+def test_preempted_ranks_are_told_apart_from_failed_ones(rank_module: str, tmp_path: Path) -> None:
+    with pytest.raises(Preempted, match="goes on"):
+        run(rank_module, tmp_path, "preempted", lambda *_, **__: None)
+
+
+def test_no_rank_outlives_its_starter(rank_module: str, tmp_path: Path) -> None:
+    """kill -9 of the process that started the ranks."""
+    (tmp_path / "config").write_text("sleep")
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from vc2.launch import run_ranks
+        here = Path({str(tmp_path)!r})
+        run_ranks("a_rank", str(here / "config"), world_size=2, work=here, name="test")
+    """)
+    starter = subprocess.Popen([sys.executable, "-c", code])
+    pids = [tmp_path / f"config.pid{rank}" for rank in range(2)]
+    while not all(path.exists() and path.read_text() for path in pids):
+        assert starter.poll() is None
+        time.sleep(0.1)
+    family = [*psutil.Process(starter.pid).children(recursive=True)]
+    assert {int(path.read_text()) for path in pids} <= {process.pid for process in family}
+    os.kill(starter.pid, signal.SIGKILL)
+    starter.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+
+
+def test_a_process_that_nobody_launched_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (this_rank().rank, this_rank().world_size) == (0, 1)
