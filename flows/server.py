@@ -1,0 +1,377 @@
+"""A Prefect server and worker of our own: on loopback, with everything they write inside the work folder.
+
+    <work>/prefect/             PREFECT_HOME: the server's database
+    <work>/prefect/stack.json   which processes are ours (pid and start time), their port and store
+    <work>/prefect/lock         held while somebody starts or stops them, and for the whole of a demo
+    <work>/logs/prefect-*.log   what they said
+
+This module speaks to the server by its REST interface, so that starting the stack does not cost an import of Prefect.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from flows.tied import PARENT
+from vc2.errors import Vc2Error
+
+__all__ = ["HOST", "POOL", "QUEUES", "ROOT", "Api", "Stack", "StackError", "environment", "free_port", "held_lock"]
+
+HOST = "127.0.0.1"
+ROOT = Path(__file__).resolve().parent.parent
+POOL = "vc2"
+QUEUES = ("driver", "stages")
+UNFINISHED = ("RUNNING", "PENDING", "CANCELLING", "PAUSED", "SCHEDULED")
+START_LIMIT = 180.0  # seconds; a cold start on a busy machine takes 45
+BUSY_LIMIT = 60.0  # seconds that a server may be too busy to answer
+
+
+class StackError(Vc2Error):
+    """The server or the worker cannot be started, reached or stopped."""
+
+
+class Api:
+    """The few calls of Prefect's REST interface that the stack needs."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def get(self, path: str) -> Any:
+        """The answer, or None where there is no such thing."""
+        return self._call("GET", path, None, absent=404)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        return self._call("POST", path, body or {})
+
+    def create(self, path: str, body: Mapping[str, Any]) -> None:
+        """Create something unless it is there."""
+        self._call("POST", path, body, absent=409)
+
+    def is_healthy(self) -> bool:
+        try:
+            return self._request("GET", "/health", None, timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def flow_runs(self, **filters: Any) -> list[dict[str, Any]]:
+        return self.post("/flow_runs/filter", {"flow_runs": filters, "sort": "START_TIME_ASC", "limit": 200})
+
+    def set_state(self, run: str, state: str, name: str, message: str) -> None:
+        self.post(
+            f"/flow_runs/{run}/set_state", {"state": {"type": state, "name": name, "message": message}, "force": True}
+        )
+
+    def cancel(self, run: str) -> None:
+        state = {"type": "CANCELLING", "name": "Cancelling"}
+        self.post(f"/flow_runs/{run}/set_state", {"state": state, "force": False})
+
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> httpx.Response:
+        # A connection each: nothing to close, and on loopback no cost. Neither proxies nor certificates concern us.
+        with httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False) as client:
+            return client.request(method, path, json=body)
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None, absent: int = 0) -> Any:
+        until = time.monotonic() + BUSY_LIMIT
+        while True:
+            try:
+                answer = self._request(method, path, body, timeout=30)
+            except httpx.HTTPError as error:
+                raise StackError(f"the Prefect server at {self.url} does not answer ({type(error).__name__})") from None
+            if answer.status_code != 503 or time.monotonic() > until:  # its database is locked for a moment
+                break
+            time.sleep(0.5)
+        if answer.status_code == absent:
+            return None
+        if answer.is_error:
+            raise StackError(f"the Prefect server refused {method} {path}: {answer.status_code} {answer.text[:300]}")
+        return answer.json() if answer.content else None
+
+
+def environment(work: Path, store: str, port: int, *, tied: bool) -> dict[str, str]:
+    """Environment of everything that talks to our server: nothing of the caller's own Prefect settings gets in."""
+    settings = {
+        "PREFECT_HOME": str(work / "prefect"),
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # In memory, a restart of the server would end the runs that hold a concurrency slot.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_LOGGING_COLORS": "false",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_CLI_COLORS": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "5",
+        "DO_NOT_TRACK": "1",
+        "VC2_WORK": str(work),
+        "VC2_STORE": store,
+        "VC2_STACK": str(work / "prefect"),
+        "VC2_TIED": "1" if tied else "0",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | settings
+
+
+def is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def held_lock(work: Path) -> Iterator[None]:
+    """One starter, stopper or demo at a time in a work folder; the kernel gives the lock back if the holder is killed.
+
+    Raises:
+        StackError: If somebody else holds it.
+    """
+    folder = work / "prefect"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise StackError(f"work folder {work}: {error.strerror}; choose another with --work") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise StackError(
+                f"work folder {work} is in use by {file.read().strip() or 'another process'}; "
+                "wait for it, or choose another with --work"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} ({' '.join(sys.argv[1:3])})")
+        file.flush()
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A process that we started; pids are used again, start times are not."""
+
+    pid: int
+    started: float
+
+    def process(self) -> psutil.Process | None:
+        try:
+            process = psutil.Process(self.pid)
+            alive = abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if alive else None
+
+
+@dataclass
+class Stack:
+    """The server and worker of a work folder."""
+
+    work: Path
+    store: str
+    port: int
+    tied: bool = False  #: whether all of it ends with this process
+    owned: dict[str, Owned] = field(default_factory=dict)
+
+    @classmethod
+    def recorded(cls, work: Path) -> "Stack | None":
+        """The stack that was started in this work folder, or None; its processes may have ended since."""
+        try:
+            record = json.loads((work / "prefect" / "stack.json").read_text())
+            owned = {name: Owned(**facts) for name, facts in record["owned"].items()}
+            return cls(work, record["store"], record["port"], record["tied"], owned)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def api(self) -> Api:
+        return Api(f"http://{HOST}:{self.port}/api")
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment(self.work, self.store, self.port, tied=self.tied) | {PARENT: str(os.getpid())}
+
+    def ended(self) -> str | None:
+        """The name of a process of ours that has ended, or None if all are there."""
+        for name in ("server", "worker"):
+            if name not in self.owned or self.owned[name].process() is None:
+                return name
+        return None
+
+    def is_up(self) -> bool:
+        return self.ended() is None and self.api.is_healthy()
+
+    def start(self) -> None:
+        """Start what is not running: server, pool, queues, deployments, worker.
+
+        Raises:
+            StackError: If the port is taken, or a process ends early; with the end of its log.
+        """
+        if not ("server" in self.owned and self.owned["server"].process() and self.api.is_healthy()):
+            if not is_free(self.port):
+                raise StackError(
+                    f"port {self.port} is in use by another program; choose another one with --port or VC2_PORT"
+                )
+            server = ("uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", HOST)
+            self._launch("server", *server, "--port", str(self.port), "--log-level", "warning")
+            self._wait_for_server()
+        self._prepare()
+        if not ("worker" in self.owned and self.owned["worker"].process()):
+            self._settle_lost_runs()
+            pool = ("--pool", POOL, "--type", "process", "--name", "local", "--install-policy", "never")
+            self._launch("worker", "prefect", "worker", "start", *pool)
+        self._deploy()
+
+    def stop(self, grace: float = 10.0) -> None:
+        """End worker, server and whatever else they left; asked first, then killed."""
+        for name in ("worker", "server"):
+            if name in self.owned and (process := self.owned[name].process()):
+                _end([process], grace)
+        _end(self._left_behind(), grace)
+        (self.work / "prefect" / "stack.json").unlink(missing_ok=True)
+        self.owned.clear()
+
+    def log(self, name: str) -> Path:
+        return self.work / "logs" / f"prefect-{name}.log"
+
+    def tail(self, name: str, lines: int = 12) -> str:
+        try:
+            return "\n".join(self.log(name).read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Prefect's own command line against our server."""
+        command = [sys.executable, "-m", "flows.tied", "prefect", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+
+    def _launch(self, name: str, module: str, *arguments: str) -> None:
+        self.log(name).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log(name), "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.tied", module, *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.owned[name] = Owned(process.pid, psutil.Process(process.pid).create_time())
+        record = {"port": self.port, "store": self.store, "tied": self.tied}
+        owned = {name: {"pid": o.pid, "started": o.started} for name, o in self.owned.items()}
+        (self.work / "prefect" / "stack.json").write_text(json.dumps(record | {"owned": owned}, indent=1))
+
+    def _wait_for_server(self) -> None:
+        api, until = self.api, time.monotonic() + START_LIMIT
+        while not api.is_healthy():
+            if self.owned["server"].process() is None:
+                raise StackError(
+                    f"the Prefect server ended at once (log: {self.log('server')}):\n{self.tail('server')}"
+                )
+            if time.monotonic() > until:
+                raise StackError(f"the Prefect server is not up after {START_LIMIT:.0f} s (log: {self.log('server')})")
+            time.sleep(0.1)
+
+    def _prepare(self) -> None:
+        self.api.create("/work_pools/", {"name": POOL, "type": "process", "base_job_template": {}})
+        for queue in QUEUES:
+            self.api.create(f"/work_pools/{POOL}/queues", {"name": queue})
+
+    def _settle_lost_runs(self) -> None:
+        """Runs of an earlier worker that nobody works on any more: say so, which also frees their concurrency slots."""
+        working = set(_environments("PREFECT__FLOW_RUN_ID"))
+        for run in self.api.flow_runs(state={"type": {"any_": list(UNFINISHED)}}):
+            if run["id"] in working:
+                continue
+            if run["state_type"] != "SCHEDULED":
+                self.api.set_state(run["id"], "CRASHED", "Crashed", "The process that ran it is gone.")
+            elif self.tied or run["parent_task_run_id"]:
+                self.api.set_state(run["id"], "CANCELLED", "Cancelled", "Left over from an earlier stack.")
+
+    def _deploy(self) -> None:
+        """Deploy prefect.yaml, unless the server already has exactly that."""
+        stamp, wanted = self.work / "prefect" / "deployed", _deployment_digest()
+        known = self.api.get("/deployments/name/vc2/full-pipeline") is not None
+        if known and stamp.is_file() and stamp.read_text() == wanted:
+            return
+        done = self.prefect("--no-prompt", "deploy", "--all")
+        if done.returncode:
+            raise StackError(f"prefect deploy --all failed:\n{(done.stdout + done.stderr)[-2000:]}")
+        stamp.write_text(wanted)
+
+    def _left_behind(self) -> list[psutil.Process]:
+        marked = _environments("VC2_STACK", str(self.work / "prefect"))
+        family = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+        return [process for process in marked.values() if process.pid not in family]
+
+
+def _environments(name: str, value: str | None = None) -> Any:
+    """Processes by their value of an environment variable; with `value`, those that have this one, by pid."""
+    found: dict[Any, psutil.Process] = {}
+    for process in psutil.process_iter():
+        try:
+            has = process.environ().get(name)
+        except (psutil.Error, OSError):
+            continue
+        if has is not None and value in (None, has):
+            found[has if value is None else process.pid] = process
+    return found
+
+
+def _end(processes: list[psutil.Process], grace: float) -> None:
+    for process in processes:
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(processes, timeout=grace)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _deployment_digest() -> str:
+    """Digest of what `prefect deploy` reads: the file, the flows, and the configurations their forms are made of."""
+    sha256 = hashlib.sha256(f"{ROOT} {metadata.version('prefect')} {sys.executable}".encode())
+    sources = [*ROOT.glob("flows/*.py"), *ROOT.glob("vc2/**/config.py"), *ROOT.glob("vc2/pipeline/*.py")]
+    for path in [ROOT / "prefect.yaml", *sorted(sources)]:
+        sha256.update(path.read_bytes())
+    return sha256.hexdigest()

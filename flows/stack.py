@@ -1,0 +1,228 @@
+"""The Prefect server, worker and deployments of a work folder: `python -m flows.stack up|down|status|serve|demo`.
+
+    up       start what is not running, deploy prefect.yaml, leave it all up (`make stack`)
+    down     end what `up` started
+    status   what runs where; exit code 0 if all of it does
+    serve    like `up`, in the foreground: it ends with Ctrl-C and leaves nothing
+    demo     start, run `prefect deployment run vc2/full-pipeline`, follow it, print where the report is, end it all
+
+`demo` and `serve` tie the life of every process to their own: whatever ends them, even `kill -9`, ends server, worker,
+flow runs and trainers.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows.follow import FINAL, follow
+from flows.server import ROOT, Stack, StackError, free_port, held_lock, is_free
+from vc2.errors import Vc2Error
+
+__all__ = ["main"]
+
+DEFAULT_PORT = 4200
+EXPORTED = ("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_SERVER_EPHEMERAL_ENABLED", "DO_NOT_TRACK", "PATH")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return options.command(options)
+    except Vc2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the next run goes on from here", file=sys.stderr)
+        return 130
+
+
+def up(options: argparse.Namespace) -> int:
+    with held_lock(options.work):
+        stack = _standing(options) or _new(options, tied=False)
+        stack.start()
+        shell = options.work / "prefect" / "env"
+        settings = stack.environment
+        shell.write_text("".join(f"export {name}={shlex.quote(settings[name])}\n" for name in EXPORTED))
+    print(f"Prefect: {stack.url}   store: {stack.store}   logs: {stack.log('server').parent}")
+    print(f"Run the pipeline:\n  source {shell}\n  prefect deployment run vc2/full-pipeline")
+    return 0
+
+
+def down(options: argparse.Namespace) -> int:
+    with held_lock(options.work):
+        stack = Stack.recorded(options.work)
+        if stack is None:
+            print(f"nothing runs in {options.work}")
+            return 0
+        stack.stop()
+    print("stopped")
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    stack = Stack.recorded(options.work)
+    if stack is None:
+        print(f"nothing runs in {options.work}")
+        return 1
+    for name in ("server", "worker"):
+        process = stack.owned[name].process() if name in stack.owned else None
+        print(f"{name}: {f'pid {process.pid}' if process else 'not running'}   log: {stack.log(name)}")
+    healthy = stack.is_up()
+    print(f"{stack.url}: {'healthy' if healthy else 'no answer'}   store: {stack.store}")
+    return 0 if healthy else 1
+
+
+def serve(options: argparse.Namespace) -> int:
+    with held_lock(options.work), _tied_stack(options) as stack:
+        print(f"Prefect: {stack.url}   store: {stack.store}   (Ctrl-C ends it)", flush=True)
+        while True:
+            _check(stack)
+            time.sleep(1)
+
+
+def demo(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    with held_lock(options.work), _any_stack(options) as stack:
+        _say(f"Prefect: {stack.url}")
+        _say("$ " + shlex.join(["prefect", "deployment", "run", "vc2/full-pipeline", *options.arguments]))
+        run = _submit(stack, options.arguments)
+        try:
+            outcome = follow(stack.api, run, lambda: _check(stack))
+        except KeyboardInterrupt:
+            _cancel(stack, run)
+            raise
+        if outcome.state != "COMPLETED":
+            raise StackError(f"the run ended {outcome.state.lower()}: {outcome.message} (logs: {stack.work / 'logs'})")
+    _say(f"done in {time.monotonic() - started:.0f} s")
+    print(outcome.result)
+    return 0
+
+
+@contextmanager
+def _any_stack(options: argparse.Namespace) -> Iterator[Stack]:
+    """The stack that `up` left in this work folder, left up; or one tied to this process."""
+    standing = _standing(options)
+    if standing is None:
+        with _tied_stack(options) as stack:
+            yield stack
+        return
+    standing.start()
+    yield standing
+
+
+@contextmanager
+def _tied_stack(options: argparse.Namespace) -> Iterator[Stack]:
+    if _standing(options):
+        raise StackError(f"a stack is up in {options.work}; `python -m flows.stack down` ends it")
+    stack = _new(options, tied=True)
+    _say(f"starting Prefect on port {stack.port} (logs: {stack.log('server').parent})")
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+def _standing(options: argparse.Namespace) -> Stack | None:
+    """The stack of this work folder if any of its processes still runs.
+
+    Raises:
+        StackError: If it has another store or port than the one asked for.
+    """
+    stack = Stack.recorded(options.work)
+    if stack is None or not any(owned.process() for owned in stack.owned.values()):
+        return None
+    if stack.tied:  # we hold the lock, so whoever it was tied to is dead, and it is about to be
+        stack.stop()
+        return None
+    if options.store not in (None, stack.store):
+        raise StackError(f"the stack in {options.work} runs with store {stack.store}; stop it first: flows.stack down")
+    if options.port not in (None, stack.port):
+        raise StackError(f"the stack in {options.work} runs on port {stack.port}; stop it first: flows.stack down")
+    return stack
+
+
+def _new(options: argparse.Namespace, *, tied: bool) -> Stack:
+    port = options.port or DEFAULT_PORT
+    if tied and options.port is None and not is_free(port):
+        port = free_port()
+    return Stack(options.work, options.store or str(options.work / "store"), port, tied)
+
+
+def _submit(stack: Stack, arguments: list[str]) -> str:
+    done = stack.prefect("deployment", "run", "vc2/full-pipeline", *arguments)
+    found = re.search(r"UUID: ([0-9a-f-]{36})", done.stdout)
+    if done.returncode or not found:
+        said = " ".join((done.stdout + done.stderr).split()).partition("Error creating flow run: ")
+        raise StackError(said[2] or said[0] or "prefect deployment run failed without a word")
+    return found[1]
+
+
+def _check(stack: Stack) -> None:
+    if name := stack.ended():
+        raise StackError(f"the Prefect {name} ended (log: {stack.log(name)}); run it again, it goes on from there")
+
+
+def _cancel(stack: Stack, run: str, patience: float = 30.0) -> None:
+    _say("stopping the run; what it did is kept")
+    try:
+        stack.api.cancel(run)
+        until = time.monotonic() + patience
+        while time.monotonic() < until and stack.api.get(f"/flow_runs/{run}")["state_type"] not in FINAL:
+            time.sleep(0.5)
+    except StackError:
+        return
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flows.stack", description="Prefect server and worker of vc2.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--work", type=_folder, default=os.environ.get("VC2_WORK") or str(ROOT / "work"), help="work folder (VC2_WORK)"
+    )
+    common.add_argument(
+        "--store", type=_store, default=os.environ.get("VC2_STORE") or None, help="store (VC2_STORE; WORK/store)"
+    )
+    common.add_argument(
+        "--port",
+        type=int,
+        default=os.environ.get("VC2_PORT") or None,
+        help=f"port of the server (VC2_PORT; {DEFAULT_PORT})",
+    )
+    commands = parser.add_subparsers(required=True, metavar="up|down|status|serve|demo")
+    for command in (up, down, status, serve, demo):
+        sub = commands.add_parser(command.__name__, parents=[common])
+        sub.set_defaults(command=command)
+        if command is demo:
+            sub.add_argument("arguments", nargs="*", help="passed on: -- -p recipe=miniature -p stop_after=train/full")
+    return parser
+
+
+def _folder(text: str) -> Path:
+    return Path(text).expanduser().resolve()
+
+
+def _store(text: str) -> str:
+    return text if "://" in text else str(_folder(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
