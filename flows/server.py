@@ -223,7 +223,8 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(self.work, self.store, self.port, tied=self.tied) | {PARENT: str(os.getpid())}
+        settings = environment(self.work, self.store, self.port, tied=self.tied)
+        return settings | ({PARENT: str(os.getpid())} if self.tied else {})
 
     def ended(self) -> str | None:
         """The name of a process of ours that has ended, or None if all are there."""

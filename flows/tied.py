@@ -18,8 +18,8 @@ PARENT = "VC2_PARENT"  # environment variable: pid of the process that started t
 
 def run(module: str, arguments: list[str]) -> None:
     """Run `module` as the main program of this process."""
+    starter = os.environ.pop(PARENT, str(os.getppid()))
     if os.environ.get("VC2_TIED") == "1":
-        starter = os.environ.pop(PARENT, str(os.getppid()))
         die_with_parent()
         if starter != str(os.getppid()):
             sys.exit("the process that started this one is gone")  # it ended before we could ask to be told

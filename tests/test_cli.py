@@ -38,7 +38,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["run", "--checkpoint", "/elsewhere/runs/full/x"], "is not in the store"),
         (["shard", "./no-such-folder"], "no such folder, and no source of that name"),
         (["shard", ".", "--set", "form.width=8"], "needs --media video or --media image"),
-        (["plan", "paper"], "source webvid: table"),
+        (["plan", "paper"], "prompts cannot be read"),
         (["show", "nonsense"], "is no URI of an artifact"),
         (["plan", "--store", "ftp://x"], "unknown scheme"),
     ],

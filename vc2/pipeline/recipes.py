@@ -110,7 +110,7 @@ def miniature(work: Path = DEFAULT_WORK) -> PipelineConfig:
     """The whole pipeline on two CPU cores in about eight minutes: a made-up world, 80 x 48 pixels, 8 frames.
 
     Every real part is in the path. The trained samples are recognisable, no more: coloured things that move the way
-    their captions say. Measured times and scores: benchmarks/miniature.md.
+    their captions say. Measured times and scores: docs/measured.md.
     """
     world = world_folder(WorldConfig(), work)
     video = SampleForm(num_frames=8, width=80, height=48, min_stride=2, max_stride=5, min_side=32)
