@@ -13,6 +13,7 @@ import ctypes
 import json
 import logging
 import os
+import runpy
 import secrets
 import shutil
 import signal
@@ -44,6 +45,8 @@ __all__ = [
     "this_rank",
 ]
 
+PARENT = "VC2_PARENT"  # environment variable by which a starter tells a process its pid
+RANK = "rank"  # first argument of this module where it is to run a rank
 PREEMPTED = 75  # exit code of a process that was asked to stop and left a state behind (EX_TEMPFAIL)
 GRACE = 20.0  # seconds between asking ranks to stop and killing them
 
@@ -102,8 +105,11 @@ def run_rank(main: Callable[[str], None]) -> None:
 
 
 def die_with_parent() -> None:
-    """Have this process killed as soon as its parent ends, however it ends."""
-    parent = os.getppid()
+    """Have this process killed as soon as its parent ends, however it ends.
+
+    A parent that gave its pid in VC2_PARENT is missed even if it ended before this call.
+    """
+    parent = int(os.environ.pop(PARENT, os.getppid()))
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
@@ -186,7 +192,8 @@ def start(
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
-    torchrun = ("--standalone", f"--nproc-per-node={world_size}", "--max-restarts=0", "-m", module, config_uri)
+    torchrun = ("--standalone", f"--nproc-per-node={world_size}", "--max-restarts=0")
+    torchrun += ("-m", "vc2.launch", RANK, module, config_uri)
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "vc2.launch", *torchrun],
@@ -194,7 +201,7 @@ def start(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **_rank_environment(world_size, work), **(environment or {})},
+            env={**os.environ, **_rank_environment(world_size, work), **(environment or {}), PARENT: str(os.getpid())},
         )
     return Job(process, log)
 
@@ -271,6 +278,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
     if folder or address.startswith("127.0.0.1:"):
         # Read when Ray is first imported. Ray's name for it is misleading: it means "this machine alone, on loopback".
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    handler = signal.getsignal(signal.SIGTERM)
     with _environment(settings):
         import ray
 
@@ -282,6 +290,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 _start_ray(folder, num_cpus or cpu_count())
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray takes it over and would abort this process
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
@@ -343,8 +353,18 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-if __name__ == "__main__":  # torchrun, tied to the life of its parent
+def _main() -> None:
+    """Torchrun, or a rank under it: each tied to the life of its parent before it imports anything slow."""
     die_with_parent()
+    if sys.argv[1] == RANK:
+        sys.argv = sys.argv[2:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
+    os.environ[PARENT] = str(os.getpid())
     from torch.distributed.run import main
 
     main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    _main()

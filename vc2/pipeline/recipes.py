@@ -4,7 +4,7 @@ A recipe changes numbers, never code: the miniature on a laptop and the paper's 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,12 +92,12 @@ def resolve(
     """
     if recipe not in get_args(Recipe):
         raise ConfigError(f"no recipe {recipe!r}; the recipes are {', '.join(get_args(Recipe))}")
-    functions: dict[str, Callable[[Path], PipelineConfig]] = {
-        "miniature": miniature,
-        "single_gpu": single_gpu,
-        "paper": paper,
-    }
-    config = merge(functions[recipe](work), overrides)
+    settings = overrides.model_dump(exclude_none=True) if isinstance(overrides, Config) else dict(overrides or {})
+    if recipe == "miniature":
+        config = miniature(work, merge(WorldConfig(), settings.pop("world", None)))
+    else:
+        config = single_gpu(work) if recipe == "single_gpu" else paper(work)
+    config = merge(config, settings)
     evaluation = config.evaluation
     if evaluation.prompts_file and not evaluation.prompts:
         return config.evolve(evaluation=evaluation.with_prompts())
@@ -106,13 +106,13 @@ def resolve(
     return config
 
 
-def miniature(work: Path = DEFAULT_WORK) -> PipelineConfig:
+def miniature(work: Path = DEFAULT_WORK, world: WorldConfig = WorldConfig()) -> PipelineConfig:
     """The whole pipeline on two CPU cores in about eight minutes: a made-up world, 80 x 48 pixels, 8 frames.
 
     Every real part is in the path. The trained samples are recognisable, no more: coloured things that move the way
     their captions say. Measured times and scores: docs/measured.md.
     """
-    world = world_folder(WorldConfig(), work)
+    raw = world_folder(world, work)
     video = SampleForm(num_frames=8, width=80, height=48, min_stride=2, max_stride=5, min_side=32)
     image = SampleForm(num_frames=1, width=80, height=48, min_side=32)
     square = image.evolve(width=64, height=64)
@@ -146,18 +146,18 @@ def miniature(work: Path = DEFAULT_WORK) -> PipelineConfig:
         device="cpu",
     )
     return PipelineConfig(
-        world=WorldConfig(),
+        world=world,
         webvid=ShardStage(
-            source=WebVidSource(table=f"{world}/webvid", videos=f"{world}/webvid/videos"),
+            source=WebVidSource(table=f"{raw}/webvid", videos=f"{raw}/webvid/videos"),
             form=video.evolve(clips_per_video=2),
             fetch=fetch,
             samples_per_shard=64,
         ),
         laion_coco=ShardStage(
-            source=LaionCocoSource(table=f"{world}/laion"), form=image, fetch=fetch, samples_per_shard=64
+            source=LaionCocoSource(table=f"{raw}/laion"), form=image, fetch=fetch, samples_per_shard=64
         ),
         jdb=ShardStage(
-            source=JourneyDBSource(table=f"{world}/jdb/data/train", archives=f"{world}/jdb/data/train/imgs"),
+            source=JourneyDBSource(table=f"{raw}/jdb/data/train", archives=f"{raw}/jdb/data/train/imgs"),
             form=square,
             fetch=fetch,
             samples_per_shard=64,
