@@ -154,7 +154,9 @@ def _figures(trained: Sequence[Manifest]) -> dict[str, str]:
         return {}
     counts = [manifest.counts for manifest in trained]
     steps = ", then ".join(f"{manifest.counts['steps']:,} ({manifest.stage})" for manifest in trained)
+    grown_from = next((manifest.config["sd_init"] for manifest in trained if manifest.config.get("sd_init")), "")
     return {
+        "grown from": grown_from or "random weights",
         "parameters": f"{counts[-1]['total_parameters']:,}",
         "training steps": steps,
         "samples seen": f"{sum(count['samples'] for count in counts):,}",

@@ -137,7 +137,7 @@ def miniature(work: Path = DEFAULT_WORK, world: WorldConfig = WorldConfig()) -> 
         optimizer=OptimizerConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup_steps=40, clip_norm=1.0),
         ema_decay=0.997,
         precision="fp32",
-        num_steps=1700,
+        num_steps=1100,
         world_size=2,
         threads=1,
         log_every=5,
