@@ -27,9 +27,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vc2.errors import LaunchFailed, Preempted, Vc2Error
 from vc2.progress import Progress, silent
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = [
     "Job",
@@ -47,6 +51,8 @@ __all__ = [
 
 PARENT = "VC2_PARENT"  # environment variable by which a starter tells a process its pid
 RANK = "rank"  # first argument of this module where it is to run a rank
+WARDEN = "warden"  # ... or to end what a Ray session left behind
+RAY_SESSION = "VC2_RAY_SESSION"  # environment variable that marks the processes of a private Ray session
 PREEMPTED = 75  # exit code of a process that was asked to stop and left a state behind (EX_TEMPFAIL)
 GRACE = 20.0  # seconds between asking ranks to stop and killing them
 
@@ -275,6 +281,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
         token.chmod(0o600)
         # A private session is there to work: its workers get the priority of their starter, not a low one.
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+        # And its head is not coming back: whoever loses it ends soon, rather than asking for a minute.
+        settings["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"
     if folder or address.startswith("127.0.0.1:"):
         # Read when Ray is first imported. Ray's name for it is misleading: it means "this machine alone, on loopback".
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -289,7 +297,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
             if folder is None:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                _start_ray(folder, num_cpus or cpu_count())
+                with _environment({RAY_SESSION: str(folder)}):
+                    _start_warden(folder)
+                    _start_ray(folder, num_cpus or cpu_count())
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray takes it over and would abort this process
             yield ray.get_runtime_context().gcs_address
@@ -323,6 +333,49 @@ def _start_ray(folder: Path, num_cpus: int) -> None:
                 ) from error
 
 
+def _start_warden(folder: Path) -> None:
+    """A process that outlives this one just long enough to end its Ray: some of Ray's agents would stay for ever."""
+    settings = {name: value for name, value in os.environ.items() if name != RAY_SESSION}
+    subprocess.Popen(
+        [sys.executable, "-m", "vc2.launch", WARDEN, str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**settings, PARENT: str(os.getpid())},
+    )
+
+
+def _keep_watch(folder: Path) -> None:
+    """Wait until the owner of a Ray session ends or the session is over; then see that nothing of it is left."""
+    import psutil
+
+    owner = psutil.Process(int(os.environ[PARENT]))
+    family: set[psutil.Process] = set()
+    while os.getppid() == owner.pid and folder.exists():
+        try:
+            for child in owner.children():
+                if child not in family and child.environ().get(RAY_SESSION) == str(folder):
+                    family.add(child)
+        except psutil.Error:
+            pass
+        family |= {process for known in list(family) for process in _children(known)}
+        time.sleep(0.5)
+    for process in family:
+        if process.is_running():
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _children(process: "psutil.Process") -> "list[psutil.Process]":
+    import psutil
+
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
 @contextmanager
 def sharing_ray(address: str) -> Iterator[None]:
     """Processes started inside the block connect to the Ray at `address`."""
@@ -354,7 +407,10 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _main() -> None:
-    """Torchrun, or a rank under it: each tied to the life of its parent before it imports anything slow."""
+    """Torchrun or a rank under it, tied to the life of its parent before anything slow is imported; or a warden."""
+    if sys.argv[1] == WARDEN:
+        _keep_watch(Path(sys.argv[2]))
+        return
     die_with_parent()
     if sys.argv[1] == RANK:
         sys.argv = sys.argv[2:]
