@@ -66,6 +66,7 @@ def _shard_limit(job: tuple[str, str, str]) -> float:
 
     import numpy as np
     import pyarrow.parquet as pq
+    from PIL import Image
 
     from vc2.artifacts import Manifest
     from vc2.data.config import ShardStage
@@ -82,12 +83,10 @@ def _shard_limit(job: tuple[str, str, str]) -> float:
         if media == "video":
             frames = read_video(Path(stage.source.videos) / slot["locator"])[0]  # type: ignore[union-attr]
             for index in slot["indices"]:
-                encode_jpeg(np.asarray(cover(frames[index], **size)), stage.jpeg_quality)
+                encode_jpeg(np.asarray(cover(Image.fromarray(frames[index]), **size)), stage.jpeg_quality)
         else:
-            from PIL import Image
-
             data = store.read_range(f"{ledger}/{slot['blob']}", slot["offset"], slot["size"])
-            picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
             encode_jpeg(np.asarray(cover(picture, **size)), stage.jpeg_quality)
     return len(plan) / (time.perf_counter() - started)
 
