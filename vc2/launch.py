@@ -286,7 +286,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
     if folder or address.startswith("127.0.0.1:"):
         # Read when Ray is first imported. Ray's name for it is misleading: it means "this machine alone, on loopback".
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, warden = signal.getsignal(signal.SIGTERM), None
     with _environment(settings):
         import ray
 
@@ -298,7 +298,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 with _environment({RAY_SESSION: str(folder)}):
-                    _start_warden(folder)
+                    warden = _start_warden(folder)
                     _start_ray(folder, num_cpus or cpu_count())
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray takes it over and would abort this process
@@ -307,6 +307,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+            if warden is not None:
+                warden.wait()  # it ends what is left, and itself, as soon as the folder is gone
 
 
 def _start_ray(folder: Path, num_cpus: int) -> None:
@@ -333,10 +335,10 @@ def _start_ray(folder: Path, num_cpus: int) -> None:
                 ) from error
 
 
-def _start_warden(folder: Path) -> None:
+def _start_warden(folder: Path) -> subprocess.Popen[bytes]:
     """A process that outlives this one just long enough to end its Ray: some of Ray's agents would stay for ever."""
     settings = {name: value for name, value in os.environ.items() if name != RAY_SESSION}
-    subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "vc2.launch", WARDEN, str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -184,8 +184,12 @@ def session(
     stages: Sequence[PlannedStage], *, start_at: str | None = None, stop_after: str | None = None
 ) -> Iterator[None]:
     """One Ray start for all shard stages that have to run; none if there are none."""
-    first = STAGES.index(start_at) if start_at in STAGES else 0
-    last = STAGES.index(stop_after) if stop_after in STAGES else len(STAGES) - 1
+    names = [stage.name for stage in stages]
+    if not {start_at, stop_after} <= {None, *names}:
+        yield  # the driver will refuse
+        return
+    first = names.index(start_at) if start_at else 0
+    last = names.index(stop_after) if stop_after else len(names) - 1
     asked = stages[first : last + 1]
     if not any(stage.name.startswith("shard/") and stage.state != "done" for stage in asked):
         yield
