@@ -272,6 +272,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
     RAY_AUTH_TOKEN_PATH from this process's environment). A private session ends with the block; its files lie in a
     temporary folder (Ray's socket paths must be short), removed at the end, or by the next session after a kill.
     """
+    if "ray" in sys.modules and (address := _connected()):
+        yield address
+        return
     folder = None if os.environ.get("RAY_ADDRESS") else _ray_folder()
     address = os.environ.get("RAY_ADDRESS", "")
     settings = dict(RAY_SETTINGS)
@@ -290,9 +293,6 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
     with _environment(settings):
         import ray
 
-        if ray.is_initialized():
-            yield ray.get_runtime_context().gcs_address
-            return
         try:
             if folder is None:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
@@ -309,6 +309,13 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
                 shutil.rmtree(folder, ignore_errors=True)
             if warden is not None:
                 warden.wait()  # it ends what is left, and itself, as soon as the folder is gone
+
+
+def _connected() -> str | None:
+    """Address of the Ray that this process is connected to already."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address if ray.is_initialized() else None
 
 
 def _start_ray(folder: Path, num_cpus: int) -> None:
