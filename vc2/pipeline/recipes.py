@@ -189,7 +189,7 @@ def miniature(work: Path = DEFAULT_WORK, world: WorldConfig = WorldConfig()) -> 
 def single_gpu(work: Path = DEFAULT_WORK) -> PipelineConfig:
     """The paper's networks and sizes on one 80 GB card: a useful model in days rather than the paper's figures.
 
-    Not run yet; batch and steps are reasoned in docs/recipes.md.
+    Not run yet; batch and steps are first guesses, checked as configuration only.
     """
     config = paper(work)
     return config.evolve(
