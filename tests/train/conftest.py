@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vc2.launch import Rank
 from vc2.model.autoencoder import Autoencoder
-from vc2.model.config import AutoencoderConfig, TextConfig, UNetConfig
+from vc2.model.config import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
 from vc2.model.partition import trainable_names
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
@@ -20,7 +20,7 @@ from vc2.model.unet import UNet3D
 from vc2.seeding import derive_seed, generator
 from vc2.storage import LocalStore
 from vc2.train.attempts import Attempt, Run, StateRef, newest_state, this_process
-from vc2.train.config import Layout, ModelConfig, OptimizerConfig, TrainStage
+from vc2.train.config import Layout, OptimizerConfig, TrainStage
 from vc2.train.ema import Ema
 from vc2.train.encode import Batches, Encoders
 from vc2.train.engine import create_engine

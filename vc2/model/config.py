@@ -4,7 +4,17 @@ from pydantic import Field, model_validator
 
 from vc2.config import Config, knob
 
-__all__ = ["AutoencoderConfig", "ResamplerConfig", "SamplerConfig", "ScheduleConfig", "TextConfig", "UNetConfig"]
+__all__ = [
+    "AutoencoderConfig",
+    "ImageConfig",
+    "ImageTowerConfig",
+    "ModelConfig",
+    "ResamplerConfig",
+    "SamplerConfig",
+    "ScheduleConfig",
+    "TextConfig",
+    "UNetConfig",
+]
 
 
 class UNetConfig(Config):
@@ -124,3 +134,35 @@ class ResamplerConfig(Config):
     embedding_dim: int = Field(1280, gt=0)  # width of the image tower's tokens
     output_dim: int = Field(1024, gt=0)  # context_dim of the network
     ff_mult: int = Field(4, gt=0)
+
+
+class ImageTowerConfig(Config):
+    """Shape of the image tower; defaults are OpenCLIP ViT-H/14."""
+
+    width: int = Field(1280, gt=0)
+    heads: int = Field(16, gt=0)
+    layers: int = Field(32, gt=0)
+    image_size: int = Field(224, gt=0)  # pixels, height and width
+    patch_size: int = Field(14, gt=0)
+    output_dim: int = Field(1024, gt=0)  # of the projection that the weights carry and that is not used
+
+
+class ImageConfig(Config):
+    """What turns an image into tokens for the image-to-video network."""
+
+    tower: ImageTowerConfig = ImageTowerConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
+
+
+class ModelConfig(Config):
+    """Every part that sampling needs: the network that is trained and the frozen ones around it."""
+
+    unet: UNetConfig = UNetConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    text: TextConfig = TextConfig()
+    image: ImageConfig | None = None  # of an image-to-video model
+    autoencoder_sha256: str = ""  # of the autoencoder's safetensors file; empty: any file will do
+    autoencoder_path: str = knob("")  # where that file is
+    text_weights: str = "openclip-vit-h-14"  # name in vc2.pretrained; not used where `text.seed` is a number
+    text_path: str = knob("")  # a file to take instead of looking the name up

@@ -29,9 +29,9 @@ from vc2.miniature.config import (
     text_config,
     unet_config,
 )
-from vc2.model.config import SamplerConfig
+from vc2.model.config import ModelConfig, SamplerConfig
 from vc2.storage import file_digest
-from vc2.train.config import ModelConfig, OptimizerConfig, Strategy, TrainStage
+from vc2.train.config import OptimizerConfig, Strategy, TrainStage
 
 __all__ = [
     "DEFAULT_WORK",

@@ -10,24 +10,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vc2.config import Config, knob
-from vc2.model.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
+from vc2.model.config import ModelConfig
 
-__all__ = ["STAGE_VERSION", "Layout", "ModelConfig", "OptimizerConfig", "Strategy", "TrainStage"]
+__all__ = ["STAGE_VERSION", "Layout", "OptimizerConfig", "Strategy", "TrainStage"]
 
 STAGE_VERSION = 1  # raised by hand whenever the same request gives other weights
-
-
-class ModelConfig(Config):
-    """Every part that sampling needs: the network that is trained and the frozen ones around it."""
-
-    unet: UNetConfig = UNetConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
-    text: TextConfig = TextConfig()
-    autoencoder_sha256: str = ""  # of the autoencoder's safetensors file; empty: any file will do
-    autoencoder_path: str = knob("")  # where that file is
-    text_weights: str = "openclip-vit-h-14"  # name in vc2.pretrained; not used where `text.seed` is a number
-    text_path: str = knob("")  # a file to take instead of looking the name up
 
 
 class Strategy(Config):
