@@ -42,8 +42,8 @@ def test_faint_temporal_modules_equal_the_recorded(golden, name):
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_the_convolution_over_frames_is_the_plain_3d_one(frames):
-    conv, clip = FrameConv(4), torch.randn(2, 4, frames, 6)
-    plain = nn.functional.conv3d(clip[..., None], conv.weight, conv.bias, padding=(1, 0, 0))[..., 0]
+    conv, clip = FrameConv(4), torch.randn(2, 4, frames, 3, 2)
+    plain = nn.functional.conv3d(clip, conv.weight, conv.bias, padding=(1, 0, 0))
     torch.testing.assert_close(conv(clip), plain)
 
 
@@ -106,3 +106,24 @@ def test_feature_maps_stay_channels_last_through_a_layer():
     x = torch.randn(6, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     out = layer(x, Conditions(emb=torch.randn(2, 64), text=torch.randn(2, 5, 12), image=None, num_frames=3))
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("level", "frames"), [("none", 3), ("selective", 3), ("full", 1)])
+def test_a_layer_is_one_graph_for_a_compiler(level, frames):
+    """No break, whatever is kept for the backward pass; and the same numbers."""
+    config = UNetConfig(
+        model_channels=16, num_head_channels=8, context_dim=12, norm_groups=4, gradient_checkpointing=level,
+        use_image_attention=True, use_relative_position=True, temporal_conv_dropout=0.0,
+    )  # fmt: skip
+    layer = Layer(config, 16, 32, attends=True)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    given = Conditions(torch.randn(2, 64), torch.randn(2, 5, 12), torch.randn(2, 3, 12), frames)
+    x, runs = torch.randn(2 * frames, 16, 4, 4), []
+    torch._dynamo.reset()
+    for network in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        out = network(x, given)
+        out.square().mean().backward()
+        runs.append([out.detach(), *(parameter.grad.clone() for parameter in layer.parameters())])
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-6)

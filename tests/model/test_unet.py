@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vc2.model.attention import Attention
 from vc2.model.partition import is_temporal, trainable_names
 from vc2.model.unet import UNet3D
 from vc2.model.weights import load_released_unet
@@ -85,17 +86,19 @@ def test_image_tokens_join_the_text_without_sharing_its_softmax(make_unet):
 
 
 @pytest.mark.parametrize("trainable", ["all", "temporal", "spatial"])
-def test_recomputed_activations_give_the_same_gradients(make_unet, trainable):
-    """Also with frozen parts, where the re-entrant form loses gradients in silence."""
-    plain = make_unet()
-    recomputing = UNet3D(plain.config.evolve(gradient_checkpointing=True)).eval()
+@pytest.mark.parametrize("level", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients(make_unet, level, trainable):
+    """Also with frozen parts, where the re-entrant form loses gradients in silence, and with the same dropout masks."""
+    plain = make_unet(dropout=0.2, use_image_attention=True).train()
+    recomputing = UNet3D(plain.config.evolve(gradient_checkpointing=level)).train()
     recomputing.load_state_dict(plain.state_dict())
     given, gradients = tiny_inputs(), []
     for unet in (plain, recomputing):
+        torch.manual_seed(1)
         wanted = set(trainable_names(unet, trainable))
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(name in wanted)
-        unet(*given, fps=8).square().mean().backward()
+        unet(*given, fps=8, image=given[2]).square().mean().backward()
         gradients.append({name: p.grad for name, p in unet.named_parameters() if p.grad is not None})
         assert set(gradients[-1]) == wanted
     for name, gradient in gradients[0].items():
@@ -108,6 +111,25 @@ def test_every_parameter_learns_from_a_clip_and_from_an_image(make_unet):
         unet = make_unet()
         unet(*tiny_inputs(frames=frames), fps=8).square().mean().backward()
         assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_what_is_skipped_for_one_frame_changes_neither_result_nor_gradients(make_unet, monkeypatch, relative):
+    """A frame that attends to itself alone needs no query and no key: their gradients are zero, not missing."""
+    options = {"use_relative_position": relative, "temporal_conv_dropout": 0.0}
+    unet, given, runs = make_unet(**options), tiny_inputs(frames=1), []
+    for whole in (False, True):
+        if whole:  # attention over one token, computed all the same
+            monkeypatch.setattr(Attention, "_value_alone", Attention._attention)
+        unet.zero_grad()
+        predicted = unet(*given, fps=8)
+        predicted.square().mean().backward()
+        runs.append((predicted.detach(), {name: p.grad.clone() for name, p in unet.named_parameters()}))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=1e-6)
+    for name, gradient in runs[0][1].items():
+        torch.testing.assert_close(gradient, runs[1][1][name], rtol=1e-4, atol=1e-7, msg=name)
+        if ".temporal_attention." in name and ("query" in name or "key" in name):
+            assert not gradient.any(), name
 
 
 def test_training_is_random_only_through_dropout(make_unet):

@@ -1,21 +1,34 @@
-"""Attention over tokens, and the feed-forward that follows it: the parts both kinds of transformer are made of.
+"""Attention over tokens, the feed-forward that follows it, and the shell that both kinds of transformer share.
 
     attention(q, k, v) = softmax(q k' / sqrt(d)) v                                Vaswani et al. 2017, Eq. 1
     feed_forward(x)    = W_2 (value(x) * GELU(gate(x)))                           Shazeer 2020 (GEGLU)
+    transformer(x)     = x + proj_out(blocks(proj_in(norm(x))))                   Rombach et al. 2022, App. E.2.1
 
 With relative positions (Shaw et al. 2018, Eq. 3 and 4) a learnt vector per distance s - t, clamped to +-R, joins every
 key in the logits and every value in the sum.
 Shapes: N sequences, L query tokens, S key tokens, W width, h heads of d channels.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["Attention", "FeedForward", "Projection", "RelativePositions"]
+from vc2.model.config import Recompute
+from vc2.model.recompute import recomputed
+
+__all__ = ["Attention", "FeedForward", "RelativePositions", "Transformer", "zeroed"]
 
 _MOST_SEQUENCES = 65_535  # attention kernels index sequences by a 16-bit grid axis
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all its parameters at zero: a branch that ends in it adds nothing at first."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 class Attention(nn.Module):
@@ -63,12 +76,17 @@ class Attention(nn.Module):
             context: Tokens to read, (N / g, S, context_dim): each is shared by g consecutive sequences.
             image: Image tokens to read as well, (N / g, M, context_dim); None leaves that branch out.
         """
+        if context is None and x.shape[1] == 1:
+            return self.out(self._value_alone(x))
+        return self.out(self._attention(x, context, image))
+
+    def _attention(self, x: Tensor, context: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         query = self.query(x)
         source = x if context is None else context
         attended = self._attend(query, self.key(source), self.value(source))
         if image is not None and self.image_key is not None and self.image_value is not None:
             attended = attended + self._attend(query, self.image_key(image), self.image_value(image))
-        return self.out(attended)
+        return attended
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Sequences that share a context become one long sequence of queries: keys and values are never repeated.
@@ -81,6 +99,20 @@ class Attention(nn.Module):
         else:
             out = self._attend_by_distance(q, k, v)
         return rearrange(out, "n h l d -> n l (h d)").reshape(query.shape)
+
+    def _value_alone(self, x: Tensor) -> Tensor:
+        """What a token gets that has only itself to attend to: its own value, since a softmax over one is 1.
+
+        Queries and keys decide nothing then; they stay in the graph with a gradient of zero.
+        """
+        value = self.value(x)
+        idle: list[nn.Module] = [self.query, self.key]
+        if self.key_positions is not None and self.value_positions is not None:
+            value = rearrange(value, "n l (h d) -> n h l d", h=self.heads) + self.value_positions(1)[0]
+            value = rearrange(value, "n h l d -> n l (h d)")
+            idle.append(self.key_positions)
+        learning = [parameter.sum() for module in idle for parameter in module.parameters() if parameter.requires_grad]
+        return value + 0.0 * torch.stack(learning).sum() if learning else value
 
     def _attend_by_distance(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.key_positions is not None and self.value_positions is not None
@@ -119,24 +151,74 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two maps instead of one that is then cut: both results lie densely in memory, which is faster.
-        (value, gate), (value_bias, gate_bias) = self.value_and_gate.weight.chunk(2), self.value_and_gate.bias.chunk(2)
-        return self.out(F.linear(x, value, value_bias) * F.gelu(F.linear(x, gate, gate_bias)))
+        value, gate = self.value_and_gate(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
 
 
-class Projection(nn.Module):
-    """A linear map of tokens whose weight may have the shape of a convolution of kernel size 1.
+class _PointwiseConv1d(nn.Conv1d):
+    """A 1-D convolution of kernel size 1, computed as the linear map of tokens that it is."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, L) -> (N, C_out, L)."""
+        return F.linear(input.mT, self.weight[..., 0], self.bias).mT
+
+
+class _PointwiseConv2d(nn.Conv2d):
+    """A 2-D convolution of kernel size 1, computed as the linear map of tokens that it is."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, L, 1) -> (N, C_out, L, 1)."""
+        return F.linear(input[..., 0].mT, self.weight[..., 0, 0], self.bias).mT[..., None]
+
+
+_PROJECTIONS = (nn.Linear, _PointwiseConv1d, _PointwiseConv2d)  # by the axes of length 1 that the weight carries
+
+
+class Transformer(nn.Module):
+    """The shell of a transformer over feature maps: a residual branch that starts as zero.
 
     Args:
-        in_channels, out_channels: Widths.
-        kernel_dims: How many axes of length 1 the weight carries: 0 linear, 1 or 2 convolution.
+        channels: Width of the feature map.
+        width: Width inside, of the blocks.
+        blocks: What tokens go through; a block may take more than the tokens.
+        groups: Groups of the normalisation.
+        kernel_dims: 0: projections are linear layers; 1 or 2: convolutions of kernel size 1 (the same map).
+        recompute: What the blocks keep for the backward pass.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, kernel_dims: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        blocks: Iterable[nn.Module],
+        *,
+        groups: int,
+        kernel_dims: int,
+        recompute: Recompute,
+    ) -> None:
         super().__init__()
-        linear = nn.Linear(in_channels, out_channels)
-        self.weight = nn.Parameter(linear.weight.detach().reshape(linear.weight.shape + (1,) * kernel_dims))
-        self.bias = linear.bias
+        self.kernel_dims = kernel_dims
+        self.recompute: Recompute = recompute
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = _PROJECTIONS[kernel_dims](channels, width)
+        self.blocks = nn.ModuleList(blocks)
+        self.proj_out = zeroed(_PROJECTIONS[kernel_dims](width, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+    def branch(self, tokens: Tensor, *context: Tensor | None) -> Tensor:
+        """Normalised tokens (N, L, channels) -> what is added to them, (N, L, channels)."""
+        tokens = self._project(self.proj_in, tokens)
+        for block in self.blocks:
+            tokens = recomputed(self.recompute, block, tokens, *context)
+        return self._project(self.proj_out, tokens)
+
+    def _project(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        if not self.kernel_dims:
+            return layer(tokens)
+        feature_map = tokens.mT if self.kernel_dims == 1 else tokens.mT[..., None]
+        return layer(feature_map).flatten(2).mT

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vc2.model.config import UNetConfig
+from vc2.model.config import Recompute, UNetConfig
+from vc2.model.recompute import recomputed
 from vc2.model.spatial import Downsample, ResidualBlock, SpatialTransformer, Upsample
 from vc2.model.temporal import TemporalConv, TemporalTransformer
 
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, out_channels: int, *, attends: bool) -> None:
         super().__init__()
-        self.recompute = config.gradient_checkpointing
+        self.recompute: Recompute = config.gradient_checkpointing
         groups, emb_channels = config.norm_groups, 4 * config.model_channels
         self.residual = ResidualBlock(channels, out_channels, emb_channels, groups=groups, dropout=config.dropout)
         self.temporal_conv = (
@@ -68,10 +68,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, given: Conditions) -> Tensor:
         """(N, C, H, W) -> (N, C_out, H, W)."""
-        if self.recompute:
-            x = checkpoint(self._convolve, x, given.emb, given.num_frames, use_reentrant=False)
-        else:
-            x = self._convolve(x, given.emb, given.num_frames)
+        x = recomputed(self.recompute, self._convolve, x, given.emb, given.num_frames)
         if self.spatial_attention is not None:
             x = self.spatial_attention(x, given.text, given.image)
         if self.temporal_attention is not None:

@@ -1,6 +1,8 @@
 """Shapes of the networks and constants of the diffusion; defaults are the released 512 x 320 text-to-video model."""
 
-from pydantic import Field, model_validator
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from vc2.config import Config, knob
 
@@ -9,12 +11,15 @@ __all__ = [
     "ImageConfig",
     "ImageTowerConfig",
     "ModelConfig",
+    "Recompute",
     "ResamplerConfig",
     "SamplerConfig",
     "ScheduleConfig",
     "TextConfig",
     "UNetConfig",
 ]
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class UNetConfig(Config):
@@ -41,7 +46,12 @@ class UNetConfig(Config):
     norm_groups: int = Field(32, gt=0)  # groups of every group normalisation
     dropout: float = Field(0.0, ge=0, lt=1)  # in residual blocks
     temporal_conv_dropout: float = Field(0.1, ge=0, lt=1)  # 0.1 in every released model, whatever `dropout` is
-    gradient_checkpointing: bool = knob(False)  # recompute activations in the backward pass: less memory, more time
+    gradient_checkpointing: Recompute = knob("none")  # activations made again in the backward pass: see recompute.py
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _yes_is_full(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _widths_fit(self) -> "UNetConfig":
@@ -115,12 +125,15 @@ class TextConfig(Config):
 
 
 class SamplerConfig(Config):
-    """DDIM sampling; defaults are those of the released text-to-video script."""
+    """How videos are sampled; defaults are those of the released text-to-video script."""
 
+    solver: Literal["ddim", "dpm++"] = "ddim"  # dpm++: DPM-Solver++(2M), made for few steps
     num_steps: int = Field(50, gt=0)
     guidance_scale: float = Field(12.0, ge=0)  # 1: no guidance, one network call per step
-    eta: float = Field(1.0, ge=0, le=1)  # 0: deterministic, 1: as much fresh noise as ancestral sampling
+    guidance_rescale: float = Field(0.0, ge=0, le=1)  # share of the guided prediction brought back to its usual spread
+    eta: float = Field(1.0, ge=0, le=1)  # of ddim; 0: deterministic, 1: as much fresh noise as ancestral sampling
     fps: int = Field(28, ge=0)  # the frame rate told to the network
+    batched_guidance: bool = knob(False)  # one network call of twice the clips: more memory, equal within rounding
 
 
 class ResamplerConfig(Config):

@@ -8,9 +8,9 @@ Shapes: N = B T frames (clip-major), C channels, H x W latent pixels, L text tok
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vc2.model.attention import Attention, FeedForward, Projection
+from vc2.model.attention import Attention, FeedForward, Transformer, zeroed
+from vc2.model.config import Recompute
 
 __all__ = [
     "Downsample",
@@ -19,15 +19,7 @@ __all__ = [
     "SpatialBlock",
     "SpatialTransformer",
     "Upsample",
-    "zeroed",
 ]
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all its parameters at zero: a branch that ends in it adds nothing at first."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 class Float32GroupNorm(nn.GroupNorm):
@@ -69,7 +61,7 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + branch
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Transformer):
     """Pixels of a frame attend to each other and to the text.
 
     Args:
@@ -78,9 +70,9 @@ class SpatialTransformer(nn.Module):
         context_dim: Width of the text tokens.
         depth: Number of blocks.
         groups: Groups of the normalisation.
-        use_linear: Projections with the weights of linear layers; False: of 1x1 convolutions (the same map).
+        use_linear: Projections are linear layers; False: 1x1 convolutions (the same map), as in Stable Diffusion 1.
         image_context: Blocks read image tokens too.
-        recompute: Recompute the blocks in the backward pass instead of storing their activations.
+        recompute: What the blocks keep for the backward pass.
     """
 
     def __init__(
@@ -94,27 +86,17 @@ class SpatialTransformer(nn.Module):
         groups: int = 32,
         use_linear: bool = True,
         image_context: bool = False,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
-        super().__init__()
-        width, kernel_dims = heads * head_dim, 0 if use_linear else 2
-        self.recompute = recompute
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = Projection(channels, width, kernel_dims=kernel_dims)
-        self.blocks = nn.ModuleList(
-            SpatialBlock(width, heads, head_dim, context_dim, image_context=image_context) for _ in range(depth)
-        )
-        self.proj_out = zeroed(Projection(width, channels, kernel_dims=kernel_dims))
+        width = heads * head_dim
+        blocks = [SpatialBlock(width, heads, head_dim, context_dim, image_context=image_context) for _ in range(depth)]
+        kernel_dims = 0 if use_linear else 2
+        super().__init__(channels, width, blocks, groups=groups, kernel_dims=kernel_dims, recompute=recompute)
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         """(N, C, H, W), text (B or N, L, D), image tokens (B or N, M, D) or None -> (N, C, H, W)."""
-        tokens = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
-        for block in self.blocks:
-            if self.recompute:
-                tokens = checkpoint(block, tokens, text, image, use_reentrant=False)
-            else:
-                tokens = block(tokens, text, image)
-        return x + rearrange(self.proj_out(tokens), "n (h w) c -> n c h w", h=x.shape[2])
+        tokens = self.branch(rearrange(self.norm(x), "n c h w -> n (h w) c"), text, image)
+        return x + rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2])
 
 
 class SpatialBlock(nn.Module):

@@ -12,10 +12,9 @@ Sources: Wang et al. 2023 (ModelScope) for the convolution, Chen et al. 2023 (Vi
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vc2.model.attention import Attention, FeedForward, Projection
-from vc2.model.spatial import zeroed
+from vc2.model.attention import Attention, FeedForward, Transformer, zeroed
+from vc2.model.config import Recompute
 
 __all__ = ["FrameConv", "TemporalBlock", "TemporalConv", "TemporalTransformer"]
 
@@ -27,11 +26,13 @@ class FrameConv(nn.Conv3d):
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, T, P) -> the same, P pixels in any order: a 2D convolution is twice as fast on a CPU as the 3D one."""
-        weight = self.weight.squeeze(-1)
+        """(B, C, T, H, W) -> the same, as a 2D convolution over (T, H W): equal numbers, several times faster."""
+        clip, weight = input.flatten(3), self.weight.squeeze(-1)
         if input.shape[2] == 1:  # both neighbours are padding: only the middle tap acts
-            return F.conv2d(input, weight[:, :, 1:2], self.bias)
-        return F.conv2d(input, weight, self.bias, padding=(1, 0))
+            frames = F.conv2d(clip, weight[:, :, 1:2], self.bias)
+        else:
+            frames = F.conv2d(clip, weight, self.bias, padding=(1, 0))
+        return frames.unflatten(3, input.shape[3:])
 
 
 class TemporalConv(nn.Module):
@@ -52,14 +53,14 @@ class TemporalConv(nn.Module):
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """(B T, C, H, W) -> the same; `num_frames` is T."""
-        clip = branch = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)
+        clip = branch = rearrange(x, "(b t) c h w -> b c t h w", t=num_frames)
         for stage, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
             branch = F.silu(norm(branch))
             branch = conv(self.dropout(branch) if stage else branch)
-        return rearrange(clip + branch, "b c t (h w) -> (b t) c h w", h=x.shape[2])
+        return rearrange(clip + branch, "b c t h w -> (b t) c h w")
 
 
-class TemporalTransformer(nn.Module):
+class TemporalTransformer(Transformer):
     """The frames of a clip attend to each other, at every pixel.
 
     Args:
@@ -67,10 +68,10 @@ class TemporalTransformer(nn.Module):
         heads, head_dim: Their product is the width inside.
         depth: Number of blocks.
         groups: Groups of the normalisation.
-        use_linear: Projections with the weights of linear layers; False: of 1-D convolutions (the same map).
+        use_linear: Projections are linear layers; False: 1-D convolutions of kernel size 1 (the same map).
         relative_reach: Largest frame distance that relative positions tell apart; None: no positions.
         causal: A frame sees only itself and earlier ones.
-        recompute: Recompute the blocks in the backward pass instead of storing their activations.
+        recompute: What the blocks keep for the backward pass.
     """
 
     def __init__(
@@ -84,26 +85,21 @@ class TemporalTransformer(nn.Module):
         use_linear: bool = True,
         relative_reach: int | None = None,
         causal: bool = False,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
-        super().__init__()
-        width, kernel_dims = heads * head_dim, 0 if use_linear else 1
-        self.recompute = recompute
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = Projection(channels, width, kernel_dims=kernel_dims)
-        self.blocks = nn.ModuleList(
+        width = heads * head_dim
+        blocks = [
             TemporalBlock(width, heads, head_dim, relative_reach=relative_reach, causal=causal) for _ in range(depth)
-        )
-        self.proj_out = zeroed(Projection(width, channels, kernel_dims=kernel_dims))
+        ]
+        kernel_dims = 0 if use_linear else 1
+        super().__init__(channels, width, blocks, groups=groups, kernel_dims=kernel_dims, recompute=recompute)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """(B T, C, H, W) -> the same; `num_frames` is T."""
         clip = self.norm(rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames))
-        tokens = self.proj_in(rearrange(clip, "b c t p -> (b p) t c"))
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if self.recompute else block(tokens)
+        tokens = self.branch(rearrange(clip, "b c t p -> (b p) t c"))
         # Pixels and frames change places last, with channels still innermost: the sum stays channels-last.
-        frames = rearrange(self.proj_out(tokens), "(b h w) t c -> (b t) h w c", h=x.shape[2], w=x.shape[3])
+        frames = rearrange(tokens, "(b h w) t c -> (b t) h w c", h=x.shape[2], w=x.shape[3])
         return x + rearrange(frames, "n h w c -> n c h w")
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vc2.model.attention import zeroed
 from vc2.model.blocks import Conditions, DownLevel, Middle, UpLevel, temporal_transformer
 from vc2.model.config import UNetConfig
 from vc2.model.schedule import sinusoidal_features
-from vc2.model.spatial import Float32GroupNorm, zeroed
+from vc2.model.spatial import Float32GroupNorm
 
 __all__ = ["DEFAULT_FPS", "UNet3D"]
 
