@@ -42,7 +42,7 @@ def test_faint_temporal_modules_equal_the_recorded(golden, name):
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_the_convolution_over_frames_is_the_plain_3d_one(frames):
-    conv, clip = FrameConv(4), torch.randn(2, 4, frames, 3, 2)
+    conv, clip = FrameConv(4, 4, (3, 1, 1), padding=(1, 0, 0)), torch.randn(2, 4, frames, 3, 2)
     plain = nn.functional.conv3d(clip, conv.weight, conv.bias, padding=(1, 0, 0))
     torch.testing.assert_close(conv(clip), plain)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vc2.artifacts import (
@@ -29,7 +30,10 @@ from vc2.data.config import LoaderConfig
 from vc2.data.loader import Loader
 from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
 from vc2.errors import ConfigError
+from vc2.model.config import LoraConfig
+from vc2.model.lora import load_lora, merged_state_dict
 from vc2.model.partition import is_temporal
+from vc2.model.weights import load_unet
 from vc2.seeding import generator
 from vc2.storage import LocalStore, Store
 from vc2.train.attempts import Attempt, Run
@@ -225,6 +229,24 @@ def test_spatial_tuning_keeps_every_temporal_bit(world: World, unbroken: Checkpo
     assert set(manifest.inputs) == {"jdb", "start_from"}
     lines = read_metrics(world.store, "spatial", "d" * 64)
     assert [line["loss_video"] for line in lines] == [None, None]
+
+
+def test_low_rank_tuning_gives_a_plain_network_and_its_updates(world: World, unbroken: Checkpoint) -> None:
+    """Only attention of the tuned group differs; the checkpoint's base with the file of updates is the checkpoint."""
+    strategy = Strategy(trainable="temporal", lora=LoraConfig(rank=2))
+    stage = world.stage.evolve(strategy=strategy, num_steps=2)
+    tuned = train(
+        stage, world.store, world.work, fingerprint="7" * 64, shards=world.shards, start_from=unbroken, inputs={}
+    )
+    before, after = (load_manifest(world.store, found.prefix) for found in (unbroken, tuned))
+    assert after.counts["trainable_parameters"] == after.counts["lora_parameters"] < 10_000
+    base, merged = (load_unet(Path(world.store.uri) / m.file("unet_ema.safetensors").key) for m in (before, after))
+    state, result = base.state_dict(), merged.state_dict()
+    changed = {name for name in state if not state[name].equal(result[name])}
+    assert changed and all(is_temporal(name) and "_attention." in name for name in changed)
+    load_lora(base, Path(world.store.uri) / after.file("lora.safetensors").key)
+    again = merged_state_dict(base)
+    assert all(torch.allclose(again[name], result[name], atol=1e-6) for name in result)
 
 
 def test_a_live_attempt_is_waited_for_and_its_result_adopted(

@@ -158,9 +158,6 @@ class FeedForward(nn.Module):
 class _PointwiseConv1d(nn.Conv1d):
     """A 1-D convolution of kernel size 1, computed as the linear map of tokens that it is."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, L) -> (N, C_out, L)."""
         return F.linear(input.mT, self.weight[..., 0], self.bias).mT
@@ -169,15 +166,16 @@ class _PointwiseConv1d(nn.Conv1d):
 class _PointwiseConv2d(nn.Conv2d):
     """A 2-D convolution of kernel size 1, computed as the linear map of tokens that it is."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, L, 1) -> (N, C_out, L, 1)."""
         return F.linear(input[..., 0].mT, self.weight[..., 0, 0], self.bias).mT[..., None]
 
 
-_PROJECTIONS = (nn.Linear, _PointwiseConv1d, _PointwiseConv2d)  # by the axes of length 1 that the weight carries
+def _projection(channels: int, out_channels: int, kernel_dims: int) -> nn.Module:
+    """A linear map of tokens whose weight carries `kernel_dims` axes of length 1."""
+    if not kernel_dims:
+        return nn.Linear(channels, out_channels)
+    return (_PointwiseConv1d, _PointwiseConv2d)[kernel_dims - 1](channels, out_channels, 1)
 
 
 class Transformer(nn.Module):
@@ -206,9 +204,9 @@ class Transformer(nn.Module):
         self.kernel_dims = kernel_dims
         self.recompute: Recompute = recompute
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = _PROJECTIONS[kernel_dims](channels, width)
+        self.proj_in = _projection(channels, width, kernel_dims)
         self.blocks = nn.ModuleList(blocks)
-        self.proj_out = zeroed(_PROJECTIONS[kernel_dims](width, channels))
+        self.proj_out = zeroed(_projection(width, channels, kernel_dims))
 
     def branch(self, tokens: Tensor, *context: Tensor | None) -> Tensor:
         """Normalised tokens (N, L, channels) -> what is added to them, (N, L, channels)."""

@@ -10,6 +10,8 @@ __all__ = [
     "AutoencoderConfig",
     "ImageConfig",
     "ImageTowerConfig",
+    "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "Recompute",
     "ResamplerConfig",
@@ -20,6 +22,7 @@ __all__ = [
 ]
 
 Recompute = Literal["none", "selective", "full"]
+LoraTarget = Literal["attention", "feed_forward", "projection", "convolution", "embedding"]
 
 
 class UNetConfig(Config):
@@ -147,6 +150,15 @@ class ResamplerConfig(Config):
     embedding_dim: int = Field(1280, gt=0)  # width of the image tower's tokens
     output_dim: int = Field(1024, gt=0)  # context_dim of the network
     ff_mult: int = Field(4, gt=0)
+
+
+class LoraConfig(Config):
+    """Low-rank updates of some layers in place of their weights. VideoCrafter2 states neither rank nor layers."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(16.0, gt=0)  # an update is scaled by alpha / rank
+    targets: tuple[LoraTarget, ...] = Field(("attention",), min_length=1)  # kinds of layers that get one
+    dropout: float = Field(0.0, ge=0, lt=1)  # before an update
 
 
 class ImageTowerConfig(Config):

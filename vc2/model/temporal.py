@@ -20,18 +20,15 @@ __all__ = ["FrameConv", "TemporalBlock", "TemporalConv", "TemporalTransformer"]
 
 
 class FrameConv(nn.Conv3d):
-    """A convolution over three neighbouring frames, pixel by pixel; the clip is padded with zero frames."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+    """A convolution over neighbouring frames, pixel by pixel: of size (k, 1, 1), padded with zero frames."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> the same, as a 2D convolution over (T, H W): equal numbers, several times faster."""
-        clip, weight = input.flatten(3), self.weight.squeeze(-1)
-        if input.shape[2] == 1:  # both neighbours are padding: only the middle tap acts
-            frames = F.conv2d(clip, weight[:, :, 1:2], self.bias)
+        """(B, C, T, H, W) -> (B, C_out, T, H, W), as a 2D convolution over (T, H W): equal numbers, faster."""
+        clip, weight, padding = input.flatten(3), self.weight.squeeze(-1), int(self.padding[0])
+        if input.shape[2] == 1:  # all neighbours are padding: only the middle tap acts
+            frames = F.conv2d(clip, weight[:, :, padding : padding + 1], self.bias)
         else:
-            frames = F.conv2d(clip, weight, self.bias, padding=(1, 0))
+            frames = F.conv2d(clip, weight, self.bias, padding=(padding, 0))
         return frames.unflatten(3, input.shape[3:])
 
 
@@ -47,7 +44,7 @@ class TemporalConv(nn.Module):
     def __init__(self, channels: int, *, groups: int = 32, dropout: float = 0.1) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.GroupNorm(groups, channels, eps=1e-5) for _ in range(4))
-        self.convs = nn.ModuleList(FrameConv(channels) for _ in range(4))
+        self.convs = nn.ModuleList(FrameConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)) for _ in range(4))
         self.dropout = nn.Dropout(dropout)
         zeroed(self.convs[-1])
 

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vc2.config import Config, knob
-from vc2.model.config import ModelConfig
+from vc2.model.config import LoraConfig, ModelConfig
 
 __all__ = ["STAGE_VERSION", "Layout", "OptimizerConfig", "Strategy", "TrainStage"]
 
@@ -18,9 +18,10 @@ STAGE_VERSION = 1  # raised by hand whenever the same request gives other weight
 
 
 class Strategy(Config):
-    """Which parts of the network learn (VideoCrafter2, Sec. 3)."""
+    """Which parts of the network learn, and how (VideoCrafter2, Sec. 3 and Table 3)."""
 
     trainable: Literal["all", "spatial", "temporal"] = "all"
+    lora: LoraConfig | None = None  # learn low-rank updates of those parts; None: the parts themselves, directly
 
 
 class OptimizerConfig(Config):

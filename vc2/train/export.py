@@ -1,7 +1,8 @@
 """From a train state to a checkpoint: whole weights, raw and averaged, with everything that sampling needs.
 
 Any committed state can become a checkpoint: trained parameters are put together from the fragments of all ranks, frozen
-ones come from where training started.
+ones come from where training started. Low-rank updates are merged into the weights they update; the averaged ones also
+stand in a file of their own.
 """
 
 import json
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from vc2.artifacts import Artifact, FileEntry, Manifest, checkpoint_prefix, commit, put_file, put_object
+from vc2.model.files import write_weights
+from vc2.model.lora import merged_state_dict, save_lora
 from vc2.model.unet import UNet3D
 from vc2.model.weights import save_unet
 from vc2.train.attempts import Run, StateManifest
 from vc2.train.config import STAGE_VERSION, TrainStage
 from vc2.train.fragments import assemble
-from vc2.train.request import AUTOENCODER, EMA_WEIGHTS, MODEL_CONFIG, RAW_WEIGHTS, RankRequest
+from vc2.train.request import AUTOENCODER, EMA_WEIGHTS, LORA, MODEL_CONFIG, RAW_WEIGHTS, RankRequest
 from vc2.train.states import state_files
 
 __all__ = ["commit_checkpoint", "weights_of_state"]
@@ -61,8 +64,16 @@ def commit_checkpoint(
     for kind, name in (("master", RAW_WEIGHTS), ("ema", EMA_WEIGHTS)):
         _fill(unet, weights_of_state(run, state, kind, shapes, work))
         path = work / f"export-{run.fingerprint[:12]}-{name}"
-        save_unet(unet, path)
+        if request.stage.strategy.lora is None:
+            save_unet(unet, path)
+        else:  # readers of checkpoints need not know of it
+            write_weights(path, merged_state_dict(unet), unet.config)
         files.append(put_object(run.store, path, name))
+        path.unlink()
+    if request.stage.strategy.lora is not None:
+        path = work / f"export-{run.fingerprint[:12]}-{LORA}"
+        save_lora(unet, path, request.stage.strategy.lora)
+        files.append(put_object(run.store, path, LORA))
         path.unlink()
     files.append(request.autoencoder.evolve(name=AUTOENCODER))
     files.append(_put_model(run, prefix, request.stage, fps))

@@ -105,11 +105,11 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def parameter_counts(unet: UNet3D, trainable: frozenset[str]) -> dict[str, int]:
-    """Parameters by group and by fate: `total`, `trainable`, `frozen`, `spatial`, `temporal`, ..."""
+    """Parameters by fate and by group: `total`, `trainable`, `frozen`; `spatial`, `temporal`, `image`, `lora`."""
     counts = {"total": 0, "trainable": 0, "frozen": 0}
     for name, parameter in unet.named_parameters():
         fate = "trainable" if name in trainable else "frozen"
-        for key in ("total", fate, group_of(name)):
+        for key in ("total", fate, "lora" if ".lora_" in name else group_of(name)):
             counts[key] = counts.get(key, 0) + parameter.numel()
     return counts
 

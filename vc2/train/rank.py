@@ -14,10 +14,12 @@ from vc2.artifacts import load_manifest
 from vc2.data.config import LoaderConfig
 from vc2.data.loader import Loader
 from vc2.errors import ConfigError
-from vc2.launch import run_rank, this_rank
+from vc2.launch import report, run_rank, this_rank
+from vc2.model.lora import add_lora
 from vc2.model.partition import trainable_names
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.unet import UNet3D
+from vc2.seeding import derive_seed
 from vc2.storage import Store, open_store
 from vc2.train.attempts import Run, StateRef
 from vc2.train.config import TrainStage
@@ -67,10 +69,13 @@ def _set_up(request: RankRequest, store: Store, loader: Loader, stop: StopSignal
     device = _device(config, rank.local_rank)
     join_ranks(device)
 
-    unet = build_unet(request, store, work).to(device).train()
-    engine = create_engine(
-        unet, trainable_names(unet, config.strategy.trainable), config, micro_batch=layout.micro_batch
-    )
+    unet = build_unet(request, store, work)
+    learning = _learning(unet, config)
+    if rank.is_first:
+        counts = parameter_counts(unet, frozenset(learning))
+        groups = {name: counts[name] for name in ("spatial", "temporal", "image", "lora") if name in counts}
+        report(f"train/{config.name} learns", counts["trainable"], counts["total"], **groups)
+    engine = create_engine(unet.to(device).train(), learning, config, micro_batch=layout.micro_batch)
     ema = Ema(engine.shard("master"), config.ema_decay)
     step, metrics = 0, Metrics(start_step=0)
     if request.start is not None:
@@ -96,6 +101,15 @@ def _set_up(request: RankRequest, store: Store, loader: Loader, stop: StopSignal
         stop=stop,
         step=step,
     )
+
+
+def _learning(unet: UNet3D, config: TrainStage) -> list[str]:
+    """Names of the parameters that learn; low-rank updates are put in place first."""
+    strategy = config.strategy
+    if strategy.lora is None:
+        return trainable_names(unet, strategy.trainable)
+    torch.manual_seed(derive_seed(config.seed, "low-rank updates"))
+    return add_lora(unet, strategy.lora, strategy.trainable)
 
 
 def _frozen(trainer: Trainer) -> dict[str, Tensor]:

@@ -5,13 +5,14 @@ from vc2.config import Config
 from vc2.train.attempts import StateRef
 from vc2.train.config import Layout, TrainStage
 
-__all__ = ["AUTOENCODER", "EMA_WEIGHTS", "MODEL_CONFIG", "RAW_WEIGHTS", "RankRequest"]
+__all__ = ["AUTOENCODER", "EMA_WEIGHTS", "LORA", "MODEL_CONFIG", "RAW_WEIGHTS", "RankRequest"]
 
 # Names of the files of a checkpoint; readers of checkpoints know them.
 RAW_WEIGHTS = "unet.safetensors"
 EMA_WEIGHTS = "unet_ema.safetensors"
 AUTOENCODER = "autoencoder.safetensors"
 MODEL_CONFIG = "model.json"
+LORA = "lora.safetensors"  # averaged low-rank updates, where those were learnt
 
 
 class RankRequest(Config):
