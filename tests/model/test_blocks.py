@@ -57,8 +57,17 @@ def test_the_gate_is_the_exact_gelu_of_the_second_half():
 def test_more_sequences_than_a_kernel_takes_are_cut_in_parts(monkeypatch):
     attend, x = Attention(8, 2, 4), torch.randn(7, 5, 8)
     whole = attend(x)
-    monkeypatch.setattr(attention, "_MOST_SEQUENCES", 3)
+    monkeypatch.setattr(attention, "_MOST", 3)
     torch.testing.assert_close(attend(x), whole)
+    assert attend(x[None].transpose(1, 2)).shape == (1, 5, 7, 8)
+
+
+@pytest.mark.parametrize("reach", [None, 2])
+def test_places_do_not_see_each_other(reach):
+    """Attention along the second axis at many places is attention over many sequences."""
+    attend, x = Attention(8, 2, 4, relative_reach=reach), torch.randn(2, 5, 3, 8)
+    apart = torch.stack([attend(x[:, :, place]) for place in range(3)], dim=2)
+    torch.testing.assert_close(attend(x), apart)
 
 
 @pytest.mark.parametrize("reach", [None, 2])

@@ -6,14 +6,15 @@
 
 With relative positions (Shaw et al. 2018, Eq. 3 and 4) a learnt vector per distance s - t, clamped to +-R, joins every
 key in the logits and every value in the sum.
-Shapes: N sequences, L query tokens, S key tokens, W width, h heads of d channels.
+Attention runs along the second axis. Axes between it and the last are places that do not see each other, in attention
+no different from heads: so frames attend to frames at every pixel without pixels and frames ever changing places.
+Shapes: N sequences, L query tokens, S key tokens, P places, W width, h heads of d channels.
 """
 
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vc2.model.config import Recompute
@@ -21,7 +22,7 @@ from vc2.model.recompute import recomputed
 
 __all__ = ["Attention", "FeedForward", "RelativePositions", "Transformer", "zeroed"]
 
-_MOST_SEQUENCES = 65_535  # attention kernels index sequences by a 16-bit grid axis
+_MOST = 65_535  # attention kernels index sequences, and heads, by a 16-bit grid axis
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -57,7 +58,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         inner, source = heads * head_dim, context_dim or width
-        self.heads = heads
+        self.head_dim = head_dim
         self.causal = causal
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(source, inner, bias=False)
@@ -69,10 +70,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """(N, L, W) -> (N, L, W). Context and image tokens may serve several consecutive sequences each.
+        """Tokens to tokens of the same shape. Context and image tokens may serve several consecutive sequences each.
 
         Args:
-            x: Tokens, (N, L, W).
+            x: Tokens, (N, L, W); without a context also (N, L, P, W).
             context: Tokens to read, (N / g, S, context_dim): each is shared by g consecutive sequences.
             image: Image tokens to read as well, (N / g, M, context_dim); None leaves that branch out.
         """
@@ -90,15 +91,13 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Sequences that share a context become one long sequence of queries: keys and values are never repeated.
-        sharing = query.reshape(key.shape[0], -1, query.shape[-1])
-        q, k, v = (rearrange(part, "n l (h d) -> n h l d", h=self.heads) for part in (sharing, key, value))
+        sharing = query.reshape(key.shape[0], -1, *query.shape[2:])
+        q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim).transpose(1, 2) for part in (sharing, key, value))
         if self.key_positions is None:
-            parts = zip(*(part.split(_MOST_SEQUENCES) for part in (q, k, v)), strict=True)
-            attended = [F.scaled_dot_product_attention(*part, is_causal=self.causal) for part in parts]
-            out = attended[0] if len(attended) == 1 else torch.cat(attended)
+            out = _in_parts(q, k, v, is_causal=self.causal)
         else:
             out = self._attend_by_distance(q, k, v)
-        return rearrange(out, "n h l d -> n l (h d)").reshape(query.shape)
+        return out.transpose(1, 2).reshape(query.shape)
 
     def _value_alone(self, x: Tensor) -> Tensor:
         """What a token gets that has only itself to attend to: its own value, since a softmax over one is 1.
@@ -108,8 +107,7 @@ class Attention(nn.Module):
         value = self.value(x)
         idle: list[nn.Module] = [self.query, self.key]
         if self.key_positions is not None and self.value_positions is not None:
-            value = rearrange(value, "n l (h d) -> n h l d", h=self.heads) + self.value_positions(1)[0]
-            value = rearrange(value, "n h l d -> n l (h d)")
+            value = (value.unflatten(-1, (-1, self.head_dim)) + self.value_positions(1)[0]).flatten(-2)
             idle.append(self.key_positions)
         learning = [parameter.sum() for module in idle for parameter in module.parameters() if parameter.requires_grad]
         return value + 0.0 * torch.stack(learning).sum() if learning else value
@@ -124,6 +122,15 @@ class Attention(nn.Module):
             logits = logits.masked_fill(later, float("-inf"))
         weights = logits.softmax(dim=-1)
         return weights @ v + torch.einsum("nhls,lsd->nhld", weights, self.value_positions(length))
+
+
+def _in_parts(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+    """Fused attention over (N, h, L, d), no more sequences or heads at once than a kernel takes."""
+    for axis in (0, 1):
+        if q.shape[axis] > _MOST:
+            parts = zip(*(part.split(_MOST, dim=axis) for part in (q, k, v)), strict=True)
+            return torch.cat([_in_parts(*part, is_causal=is_causal) for part in parts], dim=axis)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
 class RelativePositions(nn.Module):
@@ -209,7 +216,7 @@ class Transformer(nn.Module):
         self.proj_out = zeroed(_projection(width, channels, kernel_dims))
 
     def branch(self, tokens: Tensor, *context: Tensor | None) -> Tensor:
-        """Normalised tokens (N, L, channels) -> what is added to them, (N, L, channels)."""
+        """Normalised tokens (N, L, channels) or (N, L, P, channels) -> what is added to them, the same shape."""
         tokens = self._project(self.proj_in, tokens)
         for block in self.blocks:
             tokens = recomputed(self.recompute, block, tokens, *context)
@@ -218,5 +225,6 @@ class Transformer(nn.Module):
     def _project(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         if not self.kernel_dims:
             return layer(tokens)
-        feature_map = tokens.mT if self.kernel_dims == 1 else tokens.mT[..., None]
-        return layer(feature_map).flatten(2).mT
+        feature_map = tokens.flatten(1, -2).mT  # to a kernel of size 1 all tokens are alike
+        feature_map = layer(feature_map if self.kernel_dims == 1 else feature_map[..., None])
+        return feature_map.flatten(2).mT.unflatten(1, tokens.shape[1:-1])

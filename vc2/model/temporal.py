@@ -94,10 +94,8 @@ class TemporalTransformer(Transformer):
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """(B T, C, H, W) -> the same; `num_frames` is T."""
         clip = self.norm(rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames))
-        tokens = self.branch(rearrange(clip, "b c t p -> (b p) t c"))
-        # Pixels and frames change places last, with channels still innermost: the sum stays channels-last.
-        frames = rearrange(tokens, "(b h w) t c -> (b t) h w c", h=x.shape[2], w=x.shape[3])
-        return x + rearrange(frames, "n h w c -> n c h w")
+        tokens = self.branch(rearrange(clip, "b c t p -> b t p c"))
+        return x + rearrange(tokens, "b t (h w) c -> (b t) c h w", h=x.shape[2])
 
 
 class TemporalBlock(nn.Module):
