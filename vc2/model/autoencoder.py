@@ -94,10 +94,10 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_safetensors(cls, path: str | Path, config: AutoencoderConfig | None = None) -> "Autoencoder":
-        """An autoencoder from weights under diffusers' names.
+        """An autoencoder from weights under diffusers' names or those of LDM.
 
         Args:
-            path: A file of ours (from `save`) or of diffusers.
+            path: A file of ours (from `save`), of diffusers, or a checkpoint that holds an autoencoder.
             config: The shape; None reads what `save` wrote into the file.
 
         Raises:
@@ -108,7 +108,7 @@ class Autoencoder(nn.Module):
         if config is None:
             raise WeightsError(f"{path}: no shape stored in the file; give an AutoencoderConfig")
         model = cls(config)
-        fill(model.net, state, what=str(path))
+        fill(model.net, autoencoder_from_released(state, len(config.block_out_channels)), what=str(path))
         return model
 
     @classmethod

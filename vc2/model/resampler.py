@@ -1,7 +1,8 @@
 """Image tokens for image-to-video: many tokens of an image tower to a few that the network reads.
 
 Learnt queries look at the image's tokens and at each other, layer by layer (Alayrac et al. 2022, the Perceiver
-resampler of Flamingo), through one matrix for keys and values.
+resampler of Flamingo), through one matrix for keys and values. The coarse form has no tokens to look at, only the
+tower's one vector for the whole image, and makes the few of it by one linear layer.
 Shapes: B images, S tokens of the tower, M queries, W working width.
 """
 
@@ -16,7 +17,7 @@ from vc2.model.config import ResamplerConfig
 from vc2.model.files import fill
 from vc2.model.weights import resampler_from_released
 
-__all__ = ["Resampler"]
+__all__ = ["CoarseTokens", "Resampler"]
 
 
 class Resampler(nn.Module):
@@ -77,3 +78,16 @@ class ResamplerLayer(nn.Module):
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
         queries = queries + self.out(attended)
         return queries + self.feed_forward(queries)
+
+
+class CoarseTokens(nn.Module):
+    """(B, input_dim) vector of an image -> (B, M, output_dim) tokens for the network."""
+
+    def __init__(self, input_dim: int, num_tokens: int, output_dim: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.proj = nn.Linear(input_dim, num_tokens * output_dim)
+        self.norm = nn.LayerNorm(output_dim)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.norm(rearrange(self.proj(vector), "b (m d) -> b m d", m=self.num_tokens))

@@ -12,7 +12,7 @@ Shapes: B captions, L tokens each, D width.
 from collections.abc import Mapping, Sequence
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from vc2.model.files import fill
 from vc2.model.weights import part_of_checkpoint
 from vc2.seeding import generator
 
-__all__ = ["TextEncoder"]
+__all__ = ["TextEncoder", "clean_caption", "vocabulary"]
 
 _PLACE_WEIGHT = 0.3  # how much of a seeded token is its place: enough to tell the order of words
 _BLOCK_WEIGHT = 0.3  # how much a seeded block adds to a token
@@ -95,8 +95,20 @@ class TextEncoder(nn.Module):
         unused = ("text_projection", "logit_scale", "attn_mask", "visual.")
         unused += tuple(f"transformer.resblocks.{layer}." for layer in range(config.layers_used, config.layers))
         state = part_of_checkpoint(state_dict, "cond_stage_model.model.")
-        fill(encoder.tower, {name: t for name, t in state.items() if not name.startswith(unused)}, what="text tower")
+        used = state.renamed(lambda name: None if name.startswith(unused) else name)
+        fill(encoder.tower, used, what="text tower", cause="" if used else "there is no text tower in it")
         return encoder
+
+
+def clean_caption(caption: str) -> str:
+    """The caption as it is cut into tokens: broken Unicode mended, HTML entities resolved, small letters."""
+    return get_clean_fn("lower")(caption)
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """OpenCLIP's tokens with their numbers, the last two being start and end, and its merges in the order of rank."""
+    tokenizer = SimpleTokenizer()
+    return dict(tokenizer.encoder), [(first, second) for first, second in tokenizer.bpe_ranks]
 
 
 def _draw(tower: TextTransformer, seed: int) -> None:
