@@ -10,7 +10,7 @@ from vc2.data.decode import read_video
 from vc2.errors import ConfigError
 from vc2.eval.config import Prompt, SampleStage
 from vc2.eval.generate import Launch, cut_into_groups, generate, prompt_seed
-from vc2.eval.generate_rank import as_bytes, load_generator, main
+from vc2.eval.generate_rank import load_generator, main
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.config import AutoencoderConfig, SamplerConfig, ScheduleConfig, TextConfig, UNetConfig
 from vc2.model.unet import UNet3D
@@ -101,12 +101,6 @@ def test_a_video_depends_on_its_prompt_its_seed_and_the_chosen_weights(tmp_path:
     assert prompt_seed(1, STAGE.prompts[0]) == prompt_seed(1, reworded[0]) != prompt_seed(2, STAGE.prompts[0])
     with pytest.raises(ConfigError, match="multiples of 2"):
         videos(STAGE.evolve(width=15))
-
-
-def test_bytes_are_rounded_and_clamped() -> None:
-    """-1 is black, 1 is white, what lies beyond is clamped."""
-    frames = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).reshape(1, 1, 5, 1, 1).expand(1, 3, 5, 1, 1)
-    assert as_bytes(frames)[0, :, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.fixture

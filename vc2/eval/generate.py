@@ -40,7 +40,7 @@ __all__ = [
     "samples_prefix",
 ]
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 class Launch(Protocol):

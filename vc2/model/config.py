@@ -130,7 +130,7 @@ class TextConfig(Config):
 class SamplerConfig(Config):
     """How videos are sampled; defaults are those of the released text-to-video script."""
 
-    solver: Literal["ddim", "dpm++"] = "ddim"  # dpm++: DPM-Solver++(2M), made for few steps
+    solver: Literal["ddim", "dpm++"] = "ddim"  # dpm++: DPM-Solver++(2M), of second order, without noise
     num_steps: int = Field(50, gt=0)
     guidance_scale: float = Field(12.0, ge=0)  # 1: no guidance, one network call per step
     guidance_rescale: float = Field(0.0, ge=0, le=1)  # share of the guided prediction brought back to its usual spread
@@ -177,6 +177,7 @@ class ImageConfig(Config):
 
     tower: ImageTowerConfig = ImageTowerConfig()
     resampler: ResamplerConfig = ResamplerConfig()
+    finegrained: bool = True  # False: `num_queries` tokens from the tower's one projected vector, without a resampler
 
 
 class ModelConfig(Config):
