@@ -37,6 +37,7 @@ from vc2.train.config import STAGE_VERSION as TRAIN_VERSION
 __all__ = [
     "DAG",
     "FIELDS",
+    "IMPORTED",
     "STAGES",
     "Node",
     "PlannedStage",
@@ -80,6 +81,7 @@ DAG = (
         {"checkpoint": "train/spatial", "base": "train/full", "videos": "shard/webvid"},
     ),
 )
+IMPORTED = "imported"  # the stage name of checkpoints that were made elsewhere
 STAGES: tuple[str, ...] = tuple(node.name for node in DAG)
 FIELDS = {node.name: node.field for node in DAG}
 
@@ -200,12 +202,14 @@ def session(
         yield
 
 
-def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str) -> dict[str, Artifact]:
+def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str, *, stage: str = "") -> dict[str, Artifact]:
     """Artifacts named by URI, by the stage they stand for.
 
     Args:
         shards: URIs of shard sets. `webvid=URI` takes a set in place of that source; a bare URI stands for its own.
-        checkpoint: URI of a checkpoint; it stands for the training stage that made it. Empty: none.
+        checkpoint: URI of a checkpoint; it stands for the training stage that made it, an imported one for the first,
+            and where it is to be evaluated for both. Empty: none.
+        stage: The one stage that they are for, if it is one.
 
     Raises:
         ConfigError: If a URI is not in this store, names something else or no stage of the DAG.
@@ -217,10 +221,13 @@ def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str) -> dic
         given[f"shard/{place if equals else manifest.facts.get('source')}"] = artifact
     if checkpoint:
         manifest, artifact = _by_uri(store, checkpoint, Checkpoint)
-        given[f"train/{manifest.stage}"] = artifact
-    for stage in given:
-        if stage not in STAGES:
-            raise ConfigError(f"{stage} is no stage of this DAG; say for which source to take it: webvid=URI")
+        if manifest.stage == IMPORTED:
+            given |= {"train/full": artifact} | ({"train/spatial": artifact} if stage.startswith("evaluate/") else {})
+        else:
+            given[f"train/{manifest.stage}"] = artifact
+    for name in given:
+        if name not in STAGES:
+            raise ConfigError(f"{name} is no stage of this DAG; say for which source to take it: webvid=URI")
     return given
 
 
