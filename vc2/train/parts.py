@@ -1,28 +1,31 @@
 """The parts of a run on one rank: the network at its initial weights, and the frozen encoders."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vc2.artifacts import FileEntry, load_manifest
 from vc2.errors import ConfigError, WeightsError
 from vc2.model.autoencoder import Autoencoder
+from vc2.model.bundle import text_tower
 from vc2.model.config import UNetConfig
+from vc2.model.files import Tensors, open_weights, read_weights
 from vc2.model.partition import group_of
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
-from vc2.model.weights import load_sd_unet, load_unet
+from vc2.model.weights import fill_unet, load_sd_unet, looks_like_noise_prediction
 from vc2.pretrained import resolve
 from vc2.seeding import derive_seed
 from vc2.storage import Store, file_digest
 from vc2.train.config import TrainStage
-from vc2.train.request import EMA_WEIGHTS, RAW_WEIGHTS, RankRequest
+from vc2.train.request import EMA_WEIGHTS, RAW_WEIGHTS, TEXT_WEIGHTS, RankRequest
 
 __all__ = [
+    "autoencoder_of_start",
     "build_autoencoder",
     "build_text_encoder",
     "build_unet",
@@ -31,28 +34,39 @@ __all__ = [
     "parameter_counts",
 ]
 
+log = logging.getLogger(__name__)
+
 
 def build_unet(request: RankRequest, store: Store, work: Path) -> UNet3D:
     """The network with the weights that training starts from: a checkpoint's, Stable Diffusion's, or seeded ones.
 
     Raises:
         ConfigError: If the checkpoint's network has another shape than the one asked for.
+        WeightsError: If the weights do not fit.
     """
     config = request.stage
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    unet = UNet3D(config.model.unet)
     if request.start_from is not None:
         name = EMA_WEIGHTS if config.start_weights == "ema" else RAW_WEIGHTS
         manifest = load_manifest(store, request.start_from.prefix)
-        started = load_unet(_fetched(store, manifest.file(name), work))
-        if started.config.identity() != config.model.unet.identity():
+        path = _fetched(store, manifest.file(name), work)
+        weights, shape = read_weights(path, UNetConfig)
+        if shape is None or shape.identity() != config.model.unet.identity():
             raise ConfigError(
                 f"{request.start_from.uri} holds another network than model.unet asks for: "
-                f"{_difference(started.config, config.model.unet)}"
+                f"{_difference(shape, config.model.unet) if shape else 'it does not say of which shape'}"
             )
-        unet.load_state_dict(started.state_dict())
-    elif config.sd_init:
-        load_sd_unet(unet, load_file(_sd_file(config, work)))
+        return fill_unet(config.model.unet, weights, what=f"{request.start_from.uri}/{name}")
+    unet = UNet3D(config.model.unet)
+    if config.sd_init:
+        weights = _sd_weights(config, work)
+        load_sd_unet(unet, weights)
+        if not looks_like_noise_prediction(unet):
+            log.warning(
+                "%s: its answer to pure noise is not that noise, so it may predict velocity (v) or have learnt "
+                "nothing; VideoCrafter's networks predict noise, as Stable Diffusion 2.1-base does",
+                weights.what,
+            )
     return unet
 
 
@@ -63,13 +77,35 @@ def _difference(found: UNetConfig, asked: UNetConfig) -> str:
     )
 
 
-def _sd_file(config: TrainStage, work: Path) -> Path:
+def _sd_weights(config: TrainStage, work: Path) -> Tensors:
+    """Stable Diffusion's image network, unread: an LDM file or a folder of diffusers."""
     path = resolve(config.sd_init, path=Path(config.sd_path) if config.sd_path else None, cache=work / "pretrained")
-    if config.sd_sha256 and (found := file_digest(path).sha256) != config.sd_sha256:
+    weights = open_weights(path)
+    if config.sd_sha256 and (found := file_digest(weights.path or path).sha256) != config.sd_sha256:
         raise WeightsError(
-            f"{path}: sha256 {found[:12]}, sd_sha256 says {config.sd_sha256[:12]}; give the file that was asked for"
+            f"{weights.what}: sha256 {found[:12]}, sd_sha256 says {config.sd_sha256[:12]}; give the file that was "
+            "asked for"
         )
-    return path
+    return weights
+
+
+def autoencoder_of_start(config: TrainStage, work: Path) -> Path:
+    """The autoencoder that lies beside the image network which training starts from, in a file of ours.
+
+    Raises:
+        PretrainedMissing: If the weights are named and not found.
+        WeightsError: If there is no autoencoder in them, or it does not fit.
+    """
+    path = resolve(config.sd_init, path=Path(config.sd_path) if config.sd_path else None, cache=work / "pretrained")
+    if path.is_dir() or any(name.startswith("first_stage_model.") for name in open_weights(path)):
+        autoencoder = Autoencoder.from_released(config.model.autoencoder, open_weights(path, "vae"))
+    else:
+        raise WeightsError(
+            f"{path}: no autoencoder in it (first_stage_model.*); set model.autoencoder_path to a file of one"
+        )
+    target = work / f"autoencoder-{config.sd_init}.safetensors"
+    autoencoder.save(target)
+    return target
 
 
 def build_autoencoder(config: TrainStage, file: FileEntry, store: Store, work: Path) -> Autoencoder:
@@ -77,15 +113,24 @@ def build_autoencoder(config: TrainStage, file: FileEntry, store: Store, work: P
     return Autoencoder.from_safetensors(_fetched(store, file, work), config.model.autoencoder)
 
 
-def build_text_encoder(config: TrainStage, work: Path) -> TextEncoder:
-    """The frozen text tower: seeded, or released weights."""
-    model = config.model
+def build_text_encoder(request: RankRequest, store: Store, work: Path) -> TextEncoder:
+    """The frozen text tower: seeded, or trained weights, from the place that is named or the checkpoint started from.
+
+    Raises:
+        PretrainedMissing: If the weights are named and not found.
+        WeightsError: If they do not fit.
+    """
+    model = request.stage.model
     if model.text.seed is not None:
         return TextEncoder(model.text)
+    if not model.text_path and request.start_from is not None:
+        files = {file.name: file for file in load_manifest(store, request.start_from.prefix).files}
+        if TEXT_WEIGHTS in files:  # an imported model brings its own
+            return TextEncoder.from_released(model.text, open_weights(_fetched(store, files[TEXT_WEIGHTS], work)))
     path = resolve(
         model.text_weights, path=Path(model.text_path) if model.text_path else None, cache=work / "pretrained"
     )
-    return TextEncoder.from_released(model.text, load_file(path))
+    return TextEncoder.from_released(model.text, text_tower(path))
 
 
 def _fetched(store: Store, file: FileEntry, work: Path) -> Path:

@@ -84,7 +84,7 @@ def _set_up(request: RankRequest, store: Store, loader: Loader, stop: StopSignal
         step, metrics = state.step, Metrics.resumed(state.step, state.window)
 
     autoencoder = build_autoencoder(config, request.autoencoder, store, work)
-    encoders = Encoders(autoencoder, build_text_encoder(config, work), device, config.cache_mib * 2**20)
+    encoders = Encoders(autoencoder, build_text_encoder(request, store, work), device, config.cache_mib * 2**20)
     return Trainer(
         config=config,
         run=run,

@@ -5,12 +5,13 @@ from vc2.config import Config
 from vc2.train.attempts import StateRef
 from vc2.train.config import Layout, TrainStage
 
-__all__ = ["AUTOENCODER", "EMA_WEIGHTS", "LORA", "MODEL_CONFIG", "RAW_WEIGHTS", "RankRequest"]
+__all__ = ["AUTOENCODER", "EMA_WEIGHTS", "LORA", "MODEL_CONFIG", "RAW_WEIGHTS", "TEXT_WEIGHTS", "RankRequest"]
 
 # Names of the files of a checkpoint; readers of checkpoints know them.
 RAW_WEIGHTS = "unet.safetensors"
 EMA_WEIGHTS = "unet_ema.safetensors"
 AUTOENCODER = "autoencoder.safetensors"
+TEXT_WEIGHTS = "text.safetensors"  # of an imported checkpoint alone: others name their text tower
 MODEL_CONFIG = "model.json"
 LORA = "lora.safetensors"  # averaged low-rank updates, where those were learnt
 

@@ -76,7 +76,7 @@ def train(
             layout=_layout(config, run, newest),
             videos=videos,
             images=images,
-            autoencoder=_autoencoder(config, store, start_from),
+            autoencoder=_autoencoder(config, store, work, start_from),
             start_from=start_from,
             inputs=dict(inputs) if inputs is not None else known,
             repeat=repeat,
@@ -164,20 +164,24 @@ def _gpu_count(config: TrainStage) -> int:
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def _autoencoder(config: TrainStage, store: Store, start_from: Checkpoint | None) -> FileEntry:
-    """The frozen autoencoder as an object of the store: the file asked for, or that of the checkpoint started from."""
+def _autoencoder(config: TrainStage, store: Store, work: Path, start_from: Checkpoint | None) -> FileEntry:
+    """The frozen autoencoder as an object of the store: of the file asked for, or of what training starts from."""
     model = config.model
     if model.autoencoder_path:
         path = Path(model.autoencoder_path)
         if not path.is_file():
             raise PretrainedMissing(
-                f"autoencoder: {path} is no file; set model.autoencoder_path to its safetensors file"
+                f"autoencoder: {path} is no file; set model.autoencoder_path to a file of its weights"
             )
         entry = put_object(store, path, AUTOENCODER)
     elif start_from is not None:
         entry = load_manifest(store, start_from.prefix).file(AUTOENCODER)
+    elif config.sd_init:
+        from vc2.train.parts import autoencoder_of_start
+
+        entry = put_object(store, autoencoder_of_start(config, work), AUTOENCODER)
     else:
-        raise ConfigError("model.autoencoder_path is empty; set it to the autoencoder's safetensors file")
+        raise ConfigError("model.autoencoder_path is empty; set it to a file of the autoencoder")
     if model.autoencoder_sha256 not in ("", entry.sha256):
         raise ConfigError(
             f"autoencoder: sha256 {entry.sha256[:12]}, model.autoencoder_sha256 says {model.autoencoder_sha256[:12]}; "
