@@ -29,8 +29,10 @@ DOORS = {  # framework -> where alone it may be imported
     "webdataset": ("vc2/data/shards.py",),
     "decord": ("vc2/data/decode.py",),
     "av": ("vc2/data/decode.py",),
-    "open_clip": ("vc2/model/text.py", "vc2/eval/"),
+    "open_clip": ("vc2/model/text.py", "vc2/model/image.py", "vc2/eval/"),
     "diffusers": ("vc2/model/", "vc2/eval/"),
+    "peft": ("vc2/model/",),
+    "transformers": ("vc2/model/", "vc2/eval/"),
 }
 
 

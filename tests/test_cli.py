@@ -11,7 +11,7 @@ from vc2.artifacts import Manifest, commit, put_file
 from vc2.cli import main
 from vc2.storage import LocalStore
 
-COMMANDS = ("run", "plan", "shard", "train", "sample", "evaluate", "show", "verify", "doctor")
+COMMANDS = ("run", "plan", "shard", "train", "sample", "evaluate", "show", "verify", "convert", "mirror", "doctor")
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -101,3 +101,31 @@ def test_verify_finds_damage_and_exits_with_1(tmp_path: Path, capsys: pytest.Cap
 def test_the_installed_command_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "vc2.cli", "--help"], capture_output=True, text=True, check=True)
     assert all(f" {command} " in done.stdout for command in COMMANDS)
+
+
+def test_the_doctor_says_where_weights_are_and_what_mends_what_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Missing weights are told and are no failure: a recipe may do without; damaged ones are one."""
+    monkeypatch.setenv("VC2_WORK", str(tmp_path / "work"))
+    monkeypatch.setenv("VC2_MIRROR", str(tmp_path / "mirror"))
+    arguments = ["doctor", "--store", str(tmp_path / "store")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "shipped with vc2" in said and f"vc2 mirror {tmp_path}/mirror --only sd21-base" in said
+    assert all(word in said for word in ("python", "memory", "disk", "torch"))
+    place = tmp_path / "mirror" / "raft" / "raft_large_C_T_V1-22a6c225.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"a web page")
+    assert main([*arguments, "--json", "--digests"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["weights"]["raft-things"]["digest"] == "differs" and not told["well"]
+
+
+def test_mirroring_fails_when_anything_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "DOVER.pth").write_bytes(b"dover")
+    arguments = ["mirror", str(tmp_path / "mirror"), "--from", str(tmp_path), "--json", "--only", "dover"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)[0]["outcome"] == "copied"
+    assert main([*arguments, "sam2"]) == 1
+    assert [step["outcome"] for step in json.loads(capsys.readouterr().out)] == ["there already", "missing"]

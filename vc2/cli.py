@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from vc2.artifacts import Artifact
     from vc2.pipeline.driver import PlannedStage
     from vc2.pipeline.recipes import PipelineConfig
+    from vc2.pipeline.sample import LoadedModel
     from vc2.storage import Store
 
 __all__ = ["main"]
+
+CONVERT_FORMS = ("vc2", "released", "sd-ldm", "sd-diffusers", "diffusers", "diffusers-full", "checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,24 +99,57 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--recipe", default="miniature")
     _common(evaluate, repeatable=True)
 
-    sample = command("sample", _sample, "Make a video from a prompt.")
-    sample.add_argument("checkpoint", help="URI of a checkpoint")
-    sample.add_argument("prompt")
-    sample.add_argument("--recipe", default="miniature", help="whose sampler settings to use")
-    sample.add_argument("--output", type=Path, default=Path("sample.mp4"))
-    sample.add_argument("--seed", type=int, default=123)
-    _common(sample)
+    sample = command(
+        "sample", _sample, "Make videos from prompts; what is left out is what the model was trained with."
+    )
+    sample.add_argument("prompts", nargs="*", metavar="PROMPT", help="what a video shows; one video for each")
+    sample.add_argument(
+        "--checkpoint", required=True, metavar="WHERE", help="URI of a checkpoint, or a folder or file with a model"
+    )
+    _sample_options(sample)
+    sample.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
+    sample.add_argument("--json", action="store_true", help="print files and settings as JSON")
 
-    show = command("show", _show, "Explain an artifact: what it is, what it was made from, what is in it.")
-    show.add_argument("uri")
+    show = command(
+        "show",
+        _show,
+        "Explain an artifact, or a video of `vc2 sample`: what it is, what it was made from, what is in it.",
+    )
+    show.add_argument("uri", help="URI of an artifact, or an mp4, GIF or WebP file")
     show.add_argument("--json", action="store_true")
 
     verify = command("verify", _verify, "Re-derive every digest of an artifact and of all it was made from.")
     verify.add_argument("uri")
     verify.add_argument("--json", action="store_true")
 
+    convert = command(
+        "convert",
+        _convert,
+        "Bring a model from one form to another: ours, VideoCrafter's, Stable Diffusion's, diffusers'.",
+    )
+    convert.add_argument("source", help="a file or folder in any of the forms, or the URI of a checkpoint")
+    convert.add_argument("destination", help="a file or folder; with --to checkpoint a store")
+    convert.add_argument("--to", required=True, choices=CONVERT_FORMS, help="docs/weights.md tells what they are")
+    convert.add_argument("--fps", type=_count, metavar="N", help="of form diffusers: the one frame rate that it keeps")
+    convert.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: as it is in the source")
+    convert.add_argument("--weights", choices=["ema", "raw"], default="ema", help="where there are both (default: ema)")
+    convert.add_argument(
+        "--hyper-parameters", type=Path, metavar="FILE.yaml", help="VideoCrafter's own, for what shapes do not tell"
+    )
+    convert.add_argument("--force", action="store_true", help="replace what is there")
+    convert.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
+    convert.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    mirror = command("mirror", _mirror, "Copy foreign weights to a place of your own, for machines without a network.")
+    mirror.add_argument("destination", help="a folder or s3://bucket/prefix; name it in VC2_MIRROR afterwards")
+    mirror.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these weights (`vc2 doctor` lists all)")
+    mirror.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="take the files from there")
+    mirror.add_argument("--verify", action="store_true", help="read what is there already once more")
+    mirror.add_argument("--json", action="store_true", help="print the result as JSON")
+
     doctor = command("doctor", _doctor, "What this machine has and lacks: packages, weights, store.")
     doctor.add_argument("--store", default=None)
+    doctor.add_argument("--digests", action="store_true", help="read all weights at hand and compare their sha256")
     doctor.add_argument("--json", action="store_true")
     return parser
 
@@ -134,6 +170,47 @@ def _common(parser: argparse.ArgumentParser, *, repeatable: bool = False) -> Non
         parser.add_argument(
             "--force", action="store_true", help="make it once more even if it is done (the next free --repeat)"
         )
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    asked = parser.add_argument_group("what is made")
+    asked.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the videos should not show")
+    asked.add_argument(
+        "--image", action="append", default=[], metavar="FILE",
+        help="of an image-to-video model: what the videos show; once for all prompts, or once for each",
+    )  # fmt: skip
+    asked.add_argument("--frames", type=int, metavar="N")
+    asked.add_argument("--size", type=_size, metavar="WxH", help="pixels, for example 512x320")
+    asked.add_argument("--fps", type=int, metavar="N", help="told to the network: fewer means larger motion")
+    asked.add_argument(
+        "--seed", type=int, default=123, help="of the first prompt, the next has the next (default: 123)"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--solver", choices=["ddim", "dpm++"])
+    how.add_argument("--steps", type=int, metavar="N", help="default: 50")
+    how.add_argument("--guidance", type=float, metavar="G", help="strength of the prompt (default: 12; 1: none)")
+    how.add_argument(
+        "--guidance-rescale", type=float, nargs="?", const=0.7, metavar="PHI",
+        help="0 to 1, less contrast at high guidance (default: 0; without a number 0.7)",
+    )  # fmt: skip
+    how.add_argument("--eta", type=float, help="of ddim: 0 no fresh noise, 1 as much as there can be (default: 1)")
+    how.add_argument("--batched-guidance", action="store_true", help="one network call a step: more memory")
+    how.add_argument("--weights", choices=["ema", "raw"], default="ema", help="where there are both (default: ema)")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
+    how.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    where = parser.add_argument_group("where to")
+    where.add_argument(
+        "--output", type=Path, metavar="PATH", help="a file, or a folder (default: sample.mp4, samples/)"
+    )
+    where.add_argument("--format", choices=["mp4", "gif", "webp"], help="default: the file's ending, else mp4")
+    where.add_argument("--play-fps", type=int, default=10, metavar="N", help="written into the files (default: 10)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected width x height, for example 512x320")
+    return int(width), int(height)
 
 
 def _count(text: str) -> int:
@@ -222,7 +299,8 @@ def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig",
     from vc2.progress import rich_progress
 
     repeat = _repeat(options, config, store, name, name)
-    given = driver.given_artifacts(store, getattr(options, "shards", []), getattr(options, "checkpoint", ""))
+    shards, checkpoint = getattr(options, "shards", []), getattr(options, "checkpoint", "")
+    given = driver.given_artifacts(store, shards, checkpoint, stage=name)
     with rich_progress() as progress:
         made = stages.run_stage(name, config, store, work, given=given, repeat=repeat, progress=progress)
     _say_artifact(options, store, made)
@@ -276,17 +354,61 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from vc2.pipeline import stages
+    from vc2.config import merge
+    from vc2.pipeline import sample
     from vc2.progress import rich_progress
 
-    config, store, work = _opened(options, prefix="evaluation.")
-    checkpoint = _artifact(options.checkpoint)[1]
+    width, height = options.size or (None, None)
+    sampler = {
+        "solver": options.solver,
+        "num_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "guidance_rescale": options.guidance_rescale,
+        "eta": options.eta,
+        "batched_guidance": options.batched_guidance,
+    }
+    asked = {
+        "prompts": options.prompts,
+        "negative_prompt": options.negative_prompt,
+        "images": options.image,
+        "seed": options.seed,
+        "frames": options.frames,
+        "width": width,
+        "height": height,
+        "fps": options.fps,
+        "sampler": {name: value for name, value in sampler.items() if value is not None},
+        "precision": options.precision,
+        "device": options.device,
+        "play_fps": options.play_fps,
+    }
+    request = merge(sample.SampleRequest(prompts=()), {k: v for k, v in asked.items() if v is not None})
+    sample.check_prompts(request)
+    files, container = sample.output_files(options.output, options.format, len(request.prompts))
     with rich_progress() as progress:
-        stages.sample_one(
-            config, store, work, checkpoint=checkpoint, prompt=options.prompt, seed=options.seed, output=options.output,
-            progress=progress,
-        )  # fmt: skip
-    print(json.dumps({"video": str(options.output)}) if options.json else options.output)
+        progress("loading the model", 0, 1)
+        loaded = _loaded(options)
+        progress("loading the model", 1, 1)
+        made = sample.sample_videos(loaded, request, files, container, progress=progress, warn=_note)
+    if options.json:
+        print(json.dumps(made, indent=1))
+    else:
+        print("\n".join(video["video"] for video in made))
+
+
+def _loaded(options: argparse.Namespace) -> "LoadedModel":
+    from vc2.pipeline import sample
+    from vc2.pipeline.recipes import DEFAULT_WORK
+
+    where = options.checkpoint
+    if "://" in where or where.endswith("manifest.json") or (Path(where) / "manifest.json").is_file():
+        store, artifact = _artifact(where)
+        cache = (options.work or DEFAULT_WORK).absolute() / "cache" / "weights"
+        return sample.load_artifact(store, artifact, weights=options.weights, cache=cache)
+    return sample.load_files(Path(where), weights=options.weights)
+
+
+def _note(text: str) -> None:
+    print(f"vc2: note: {text}", file=sys.stderr)
 
 
 # ---- artifacts ----
@@ -312,6 +434,9 @@ def _show(options: argparse.Namespace) -> None:
     from vc2.artifacts import load_manifest
     from vc2.data.shards import find_sample
 
+    if Path(options.uri).is_file() and Path(options.uri).suffix.lower() in (".mp4", ".gif", ".webp"):
+        _show_video(Path(options.uri), as_json=options.json)
+        return
     uri, _, key = options.uri.partition("#")
     store, artifact = _artifact(uri)
     manifest = load_manifest(store, artifact.prefix)
@@ -337,6 +462,17 @@ def _show(options: argparse.Namespace) -> None:
         print(f"  {entry.name}  {entry.size} bytes  sha256 {entry.sha256[:12]}")
 
 
+def _show_video(path: Path, *, as_json: bool) -> None:
+    from vc2.pipeline.sample import read_settings
+
+    settings = read_settings(path)
+    if as_json:
+        print(json.dumps(settings, indent=1))
+        return
+    for name, value in settings.items():
+        print(f"{name:16} {value}")
+
+
 def _verify(options: argparse.Namespace) -> int:
     from vc2.artifacts import load_manifest, verify
 
@@ -360,39 +496,127 @@ def _verify(options: argparse.Namespace) -> int:
     return int(any(wrong.values()))
 
 
+# ---- weights ----
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from vc2.pipeline.imported import convert
+    from vc2.pipeline.recipes import DEFAULT_WORK
+
+    done = convert(
+        options.source,
+        options.destination,
+        options.to,
+        (options.work or DEFAULT_WORK).absolute(),
+        fps=options.fps,
+        dtype=options.dtype,
+        weights=options.weights,
+        hyper_parameters=options.hyper_parameters,
+        force=options.force,
+    )
+    if options.json:
+        print(json.dumps(asdict(done), indent=1))
+        return
+    groups = ", ".join(f"{count:,} {group}" for group, count in done.parameters.items() if group != "total")
+    print(f"read   {done.source}: {done.form}, {done.recognised_as}")
+    print(f"       {done.parameters['total']:,} parameters ({groups}); with {', '.join(done.parts) or 'nothing else'}")
+    print(f"wrote  {done.destination} ({done.to})")
+
+
+def _mirror(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from vc2.pretrained import mirror
+
+    steps = []
+    for step in mirror(options.destination, tuple(options.only), source=options.source, verify=options.verify):
+        steps.append(step)
+        if not options.json:
+            print(f"{step.outcome:14} {step.name:22} {step.words}", flush=True)
+    if options.json:
+        print(json.dumps([asdict(step) for step in steps], indent=1))
+    return int(any(step.outcome in ("missing", "wrong") for step in steps))
+
+
 def _doctor(options: argparse.Namespace) -> int:
-    from importlib import metadata
+    from dataclasses import asdict
 
     from vc2.pipeline.recipes import default_store
-    from vc2.pretrained import WEIGHTS, is_available
+    from vc2.pretrained import WEIGHTS, status
     from vc2.storage import open_store
 
-    packages = {}
-    for name in ("torch", "torchvision", "ray", "prefect", "deepspeed", "decord", "av", "diffusers", "open_clip_torch"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = "missing"
-    weights = {name: is_available(name) for name in WEIGHTS}
+    packages, machine = _packages(), _machine()
+    weights = [status(name, digests=options.digests) for name in WEIGHTS]
     uri = options.store or default_store()
     try:
         open_store(uri).check()
         store = "can be written, honours conditional writes"
     except Vc2Error as error:
         store = str(error)
-    well = store.startswith("can") and "missing" not in packages.values()
+    damaged = any(weight.digest == "differs" for weight in weights)
+    well = store.startswith("can") and "missing" not in packages.values() and not damaged
     if options.json:
-        print(json.dumps({"packages": packages, "weights": weights, "store": {uri: store}, "well": well}, indent=1))
+        told = {weight.name: asdict(weight) for weight in weights}
+        report = {"machine": machine, "packages": packages, "weights": told, "store": {uri: store}, "well": well}
+        print(json.dumps(report, indent=1))
         return int(not well)
+    print("machine")
+    for name, words in machine.items():
+        print(f"  {name:18} {words}")
     print("packages")
     for name, version in packages.items():
         print(f"  {name:18} {version}")
     print("foreign weights (only some recipes and scores need them)")
-    for name, here in weights.items():
-        weight = WEIGHTS[name]
-        print(f"  {name:22} {'found' if here else 'missing'}  {weight.used_by}; licence {weight.license}")
+    for weight in weights:
+        about = WEIGHTS[weight.name]
+        state = {"ok": "ok", "differs": "DAMAGED", "not checked": "found", "": "missing"}[weight.digest]
+        size = f"{about.about_gb:g} GB; " if about.about_gb else ""
+        print(f"  {weight.name:22} {state:8} {size}{about.used_by}; licence {about.license}")
+        for line in (weight.found, weight.problem if weight.found else "", weight.remedy):
+            if line:
+                print(f"  {'':31} {line}")
     print(f"store {uri}\n  {store}")
     return int(not well)
+
+
+def _packages() -> dict[str, str]:
+    from importlib import metadata
+
+    packages = {}
+    for name in ("torch", "torchvision", "ray", "prefect", "deepspeed", "decord", "av", "diffusers", "transformers",
+                 "open_clip_torch", "peft", "safetensors"):  # fmt: skip
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "missing"
+    return packages
+
+
+def _machine() -> dict[str, str]:
+    import platform
+    import shutil
+
+    import psutil
+    import torch
+
+    from vc2.pipeline.recipes import DEFAULT_WORK
+
+    place = next(folder for folder in (DEFAULT_WORK, *DEFAULT_WORK.parents) if folder.exists())
+    disk, memory = shutil.disk_usage(place), psutil.virtual_memory()
+    said = {
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+        "disk": f"{disk.free / 1e9:.0f} of {disk.total / 1e9:.0f} GB free at {place}",
+        "cuda": torch.version.cuda or "torch was built without it",
+    }
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        said[f"device {number}"] = f"{device.name}, {device.total_memory / 1e9:.0f} GB"
+    if not torch.cuda.is_available():
+        said["device"] = "no GPU: recipes other than miniature need one"
+    return said
 
 
 # ---- telling the user ----

@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 
@@ -43,15 +44,21 @@ __all__ = [
     "MediaError",
     "cover",
     "decode_jpeg",
+    "encode_gif",
     "encode_jpeg",
     "encode_mp4",
+    "encode_video",
+    "encode_webp",
+    "read_comment",
     "read_video",
     "shared_decoder",
     "sniff",
     "write_mp4",
+    "write_whole",
 ]
 
 Media = Literal["video", "image"]
+Container = Literal["mp4", "gif", "webp"]
 START_SECONDS = 120.0  # for the imports of the child, on a busy machine
 HEADER = struct.Struct(">I")
 
@@ -489,6 +496,7 @@ def encode_mp4(
     crf: int = 18,
     preset: str = "veryfast",
     options: Mapping[str, str] | None = None,
+    comment: str = "",
 ) -> bytes:
     """Frames as an H.264 mp4 that plays everywhere (yuv420p, index first). Same frames, same bytes: one thread, no
     times inside.
@@ -499,22 +507,22 @@ def encode_mp4(
         crf: Quality of x264; 0 is lossless in YUV, 18 hardly visible.
         preset: Speed of x264.
         options: More options of x264.
+        comment: Text to keep in the file, for `read_comment`.
     """
     import av
 
-    if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (T, H, W, 3)")
+    _check_frames(frames)
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames are {frames.shape[2]} x {frames.shape[1]}; H.264 with yuv420p needs even sides")
-    rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
-    if rate <= 0:
-        raise ValueError(f"fps is {fps}; expected a number above 0")
+    rate = _rate(fps)
     buffer = io.BytesIO()
     buffer.name = "video.mp4"  # moving the index to the front, the muxer opens its own output by name
     muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(
         buffer, "w", format="mp4", options=muxing, io_open=lambda *_: io.BytesIO(buffer.getvalue())
     ) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
@@ -525,14 +533,92 @@ def encode_mp4(
     return buffer.getvalue()
 
 
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (T, H, W, 3)")
+
+
+def _rate(fps: Fraction | float) -> Fraction:
+    rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    if rate <= 0:
+        raise ValueError(f"fps is {fps}; expected a number above 0")
+    return rate
+
+
+USER_COMMENT, EXIF_FOLDER, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"  # of EXIF: where a picture keeps free text
+
+
+def encode_gif(frames: np.ndarray, fps: Fraction | float, *, comment: str = "") -> bytes:
+    """Frames (T, H, W, 3) as a GIF without end: 256 colours a frame, times in hundredths of a second."""
+    return _animated(frames, fps, "GIF", unit=10, comment=comment.encode())
+
+
+def encode_webp(frames: np.ndarray, fps: Fraction | float, *, quality: int = 90, comment: str = "") -> bytes:
+    """Frames (T, H, W, 3) as an animated WebP without end; a comment of ASCII characters goes into its EXIF part."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    if comment:
+        exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = ASCII + comment.encode("ascii")
+    return _animated(frames, fps, "WEBP", unit=1, quality=quality, exif=exif)
+
+
+def _animated(frames: np.ndarray, fps: Fraction | float, form: str, *, unit: int, **options: Any) -> bytes:
+    from PIL import Image
+
+    _check_frames(frames)
+    rate = _rate(fps)
+    # Ends are rounded, not durations: the whole lasts as long as it should.
+    ends = [round(1000 * number / rate / unit) * unit for number in range(len(frames) + 1)]
+    durations = [max(unit, end - start) for start, end in pairwise(ends)]
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    buffer = io.BytesIO()
+    first.save(buffer, form, save_all=True, append_images=others, duration=durations, loop=0, **options)
+    return buffer.getvalue()
+
+
+def encode_video(frames: np.ndarray, fps: Fraction | float, container: Container, *, comment: str = "") -> bytes:
+    """Frames (T, H, W, 3) for looking at, of high quality, with a text kept inside."""
+    if container == "mp4":
+        return encode_mp4(frames, fps, crf=10, comment=comment)
+    return (encode_gif if container == "gif" else encode_webp)(frames, fps, comment=comment)
+
+
+def read_comment(path: Path) -> str | None:
+    """The text kept in an mp4, GIF or WebP file; None where there is none.
+
+    Raises:
+        OSError, ValueError: If it cannot be read, or is none of these.
+    """
+    if path.suffix.lower() == ".mp4":
+        with _opened(str(path)) as container:
+            return container.metadata.get("comment")
+    from PIL import Image
+
+    with Image.open(path, formats=("GIF", "WEBP")) as image:
+        if image.format == "GIF":
+            found = image.info.get("comment", b"")
+        else:
+            found = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
+    return bytes(found).removeprefix(ASCII).decode("utf-8", "replace") or None
+
+
 def write_mp4(
     path: Path, frames: np.ndarray, fps: Fraction | float, *, crf: int = 18, preset: str = "veryfast"
 ) -> None:
     """`encode_mp4` into a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_mp4(frames, fps, crf=crf, preset=preset))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(encode_mp4(frames, fps, crf=crf, preset=preset))
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_video(source: Path | str | bytes) -> tuple[np.ndarray, Fraction]:

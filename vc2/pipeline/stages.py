@@ -19,7 +19,6 @@ from vc2.artifacts import (
     ShardSet,
     find,
     fingerprint,
-    load_manifest,
     shard_set_prefix,
 )
 from vc2.data.config import STAGE_VERSION, ShardStage, source_digest
@@ -33,7 +32,7 @@ from vc2.storage import Store, join_uri
 if TYPE_CHECKING:
     from vc2.eval.metrics import Video
 
-__all__ = ["execute", "page_of", "run_stage", "sample_one", "shard_alone"]
+__all__ = ["execute", "page_of", "run_stage", "shard_alone"]
 
 NODES = {node.name: node for node in DAG}
 
@@ -228,27 +227,6 @@ def _scores(
         progress=progress,
         repeat=repeat,
     )
-
-
-def sample_one(
-    config: PipelineConfig,
-    store: Store,
-    work: Path,
-    *,
-    checkpoint: Artifact,
-    prompt: str,
-    seed: int,
-    output: Path,
-    progress: Progress = silent,
-) -> None:
-    """A video of one prompt, written to a local file."""
-    from vc2.eval.config import Prompt
-
-    if not isinstance(checkpoint, Checkpoint):
-        raise ConfigError(f"{checkpoint.uri} is a {checkpoint.kind}; expected a checkpoint")
-    wanted = config.evaluation.evolve(prompts=(Prompt(id="0000", text=prompt),), prompts_file="", seed=seed)
-    samples = _samples(wanted, store, work, checkpoint, 0, progress)
-    store.download(load_manifest(store, samples.prefix).file("0000.mp4").key, output)
 
 
 def page_of(store: Store, artifact: Artifact) -> str | None:
