@@ -196,6 +196,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--eta", type=float, help="of ddim: 0 no fresh noise, 1 as much as there can be (default: 1)")
     how.add_argument("--batched-guidance", action="store_true", help="one network call a step: more memory")
     how.add_argument("--weights", choices=["ema", "raw"], default="ema", help="where there are both (default: ema)")
+    how.add_argument("--lora", metavar="FILE", help="low-rank updates to lay over the weights")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     how.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     where = parser.add_argument_group("where to")
@@ -371,6 +372,7 @@ def _sample(options: argparse.Namespace) -> None:
         "prompts": options.prompts,
         "negative_prompt": options.negative_prompt,
         "images": options.image,
+        "lora": options.lora,
         "seed": options.seed,
         "frames": options.frames,
         "width": width,

@@ -34,7 +34,7 @@ from vc2.model.diffusers_components import VideoCrafter2Scheduler
 from vc2.model.diffusers_pipeline import VideoCrafter2Pipeline, export_full, import_full
 from vc2.model.generate import generate_videos
 from vc2.model.image import ImageEncoder
-from vc2.model.lora import add_lora, lora_names, merge_lora, save_lora
+from vc2.model.lora import add_lora, load_lora, lora_names, merge_lora, save_lora
 from vc2.model.sampler import ClipNoise, sample
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.stock import export_stock
@@ -429,6 +429,10 @@ def test_an_adapter_saved_and_loaded_does_the_same(tmp_path: Path) -> None:
     tuned(pipe, "mine")
     changed = latents(pipe)
     pipe.save_lora_weights(tmp_path)
+    model = new_model()
+    load_lora(model.unet, tmp_path / "pytorch_lora_weights.safetensors")
+    merge_lora(model.unet)
+    assert near(latents(quiet(VideoCrafter2Pipeline.from_model(model))), changed)
     pipe.unload_lora_weights()
     assert near(latents(pipe), plain)
     pipe.load_lora_weights(tmp_path, adapter_name="again")

@@ -17,12 +17,14 @@ from vc2.model.config import (
     AutoencoderConfig,
     ImageConfig,
     ImageTowerConfig,
+    LoraConfig,
     ModelConfig,
     ResamplerConfig,
     TextConfig,
     UNetConfig,
 )
 from vc2.model.image import ImageEncoder
+from vc2.model.lora import add_lora, merge_lora, save_lora
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
@@ -127,6 +129,27 @@ def test_several_prompts_fill_a_folder_and_each_can_be_made_again_alone(
     assert (tmp_path / "again.mp4").read_bytes() == Path(made[1]["video"]).read_bytes()
 
 
+def test_updates_laid_over_the_weights_are_the_tuned_model(
+    checkpoint: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A video of the model with a file of updates is one of the model that they were merged into."""
+    tuned, config = make_model(), LoraConfig(rank=2)
+    for name in add_lora(tuned.unet, config, "all"):
+        torch.nn.init.normal_(tuned.unet.get_parameter(name), std=0.2)
+    save_lora(tuned.unet, tmp_path / "lora.safetensors", config)
+    merge_lora(tuned.unet)
+    tuned.save(tmp_path / "tuned")
+    lora, plain = ["--lora", str(tmp_path / "lora.safetensors")], ["--checkpoint", checkpoint.uri]
+    videos = {}
+    for name, where in (
+        ("plain", plain), ("laid over", plain + lora), ("merged", ["--checkpoint", str(tmp_path / "tuned")]),
+    ):  # fmt: skip
+        size = ["--size", "24x16", "--frames", "3", "--fps", "9"]
+        (made,) = sampled(capsys, "a", *where, *size, "--output", str(tmp_path / f"{name}.mp4"))
+        videos[name] = read_video(Path(made["video"]))[0].astype(int)
+    assert abs(videos["laid over"] - videos["merged"]).max() <= 2 < abs(videos["plain"] - videos["merged"]).max()
+
+
 @pytest.mark.parametrize("container", ["gif", "webp"])
 def test_other_forms_hold_their_settings_too(
     container: str, checkpoint: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -229,6 +252,7 @@ def test_an_image_to_video_model_is_shown_an_image_from_a_folder_as_from_a_store
         (["a", "--size", "18x16"], "for example 16 x 16"),
         (["a", "--device", "toaster"], "device=toaster"),
         (["a", "--image", "file"], "text-to-video network"),
+        (["a", "--lora", "file"], "file: is empty"),
         (["a", "--checkpoint", "gone"], "gone: no such file or folder"),
     ],
 )

@@ -7,8 +7,10 @@ included. The layers are those of peft, put in place inside a `UNet3D`; paramete
 (`vc2.model.partition`), so spatial, temporal and all can be tuned this way as directly.
 
 A LoRA file is safetensors: `<our name of the layer>.lora_A.weight` and `.lora_B.weight`, its `LoraConfig` beside them.
+Those that our diffusers pipeline saves (`unet.` before the names, the settings of peft beside them) are read too.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from vc2.errors import ConfigError, WeightsError
 from vc2.model.config import LoraConfig, LoraTarget
-from vc2.model.files import check_shapes, read_weights, write_weights
+from vc2.model.files import check_shapes, open_weights, write_weights
 from vc2.model.partition import Trainable, group_of
 
 __all__ = [
@@ -29,10 +31,12 @@ __all__ = [
     "lora_targets",
     "merge_lora",
     "merged_state_dict",
+    "read_lora",
     "save_lora",
 ]
 
 _ADAPTER = "default"
+_PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers keeps them in a file
 
 # The last words of a layer's name, by the kind of layer.
 _KINDS: dict[str, LoraTarget] = {
@@ -86,18 +90,22 @@ def add_lora(unet: nn.Module, config: LoraConfig, trainable: Trainable) -> list[
     Raises:
         ConfigError: If no layer fits, or the network has updates already.
     """
-    import peft
-
     if any(True for _ in _layers(unet)):
         raise ConfigError("this network has LoRA layers already: merge them (merge_lora) before adding others")
+    _inject(unet, config, lora_targets(unet, config, trainable))
+    return lora_names(unet)
+
+
+def _inject(unet: nn.Module, config: LoraConfig, layers: list[str]) -> None:
+    import peft
+
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - used as a number, whatever its kind
         lora_dropout=config.dropout,
-        target_modules=lora_targets(unet, config, trainable),
+        target_modules=layers,
     )
     peft.inject_adapter_in_model(settings, unet, _ADAPTER)
-    return lora_names(unet)
 
 
 def lora_names(unet: nn.Module) -> list[str]:
@@ -139,34 +147,46 @@ def save_lora(unet: nn.Module, path: str | Path, config: LoraConfig) -> None:
     write_weights(path, lora_state_dict(unet), config)
 
 
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The updates in a LoRA file under our names, and their settings (of which `targets` may be unknown).
+
+    Raises:
+        WeightsError: If the file is no LoRA file of ours or of our pipeline.
+    """
+    tensors = open_weights(path)
+    state = {name.removeprefix("unet."): tensors[name] for name in tensors}
+    if not state or not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in state):
+        raise WeightsError(f"{path}: not a LoRA file; expected tensors called ....lora_A.weight and ....lora_B.weight")
+    try:
+        if "config" in tensors.metadata:
+            return state, LoraConfig.model_validate_json(tensors.metadata["config"])
+        theirs = json.loads(tensors.metadata.get(_PEFT_SETTINGS, "{}"))
+        ranks = {tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name}
+        rank = theirs.get("unet.r", min(ranks))
+        alpha, dropout = theirs.get("unet.lora_alpha", rank), theirs.get("unet.lora_dropout", 0.0)
+        return state, LoraConfig(rank=rank, alpha=alpha, dropout=dropout)
+    except ValueError as error:
+        raise WeightsError(f"{path}: its LoRA settings cannot be read ({str(error).splitlines()[0]})") from None
+
+
 @torch.no_grad()
 def load_lora(unet: nn.Module, path: str | Path) -> LoraConfig:
     """Put the updates of a file into a network without LoRA, in place. Frozen: thaw what should learn on.
 
     Raises:
-        WeightsError: If the file is no LoRA file of ours, or not for this network; the network stays as it was.
+        WeightsError: If the file is no LoRA file, or not for this network; the network stays as it was.
     """
-    state, config = read_weights(path, LoraConfig)
-    if config is None:
-        raise WeightsError(f"{path}: no LoRA configuration in it; expected a file of `save_lora`")
+    state, config = read_lora(path)
     layers = {name.rpartition(".lora_")[0] for name in state}
     modules = dict(unet.named_modules())
     unknown = sorted(layers - modules.keys())
-    if unknown or not layers:
+    if unknown:
         raise WeightsError(
-            f"{path}: made for another network: {len(unknown)} of its {len(layers)} layers are not in this one"
-            + (f" ({', '.join(unknown[:3])}, ...)" if unknown else "")
+            f"{path}: made for another network: {len(unknown)} of its {len(layers)} layers are not in this one "
+            f"({', '.join(unknown[:3])}, ...)"
         )
-    import peft
-
-    settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=config.dropout,
-        target_modules=sorted(layers),
-    )
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
-        peft.inject_adapter_in_model(settings, unet, _ADAPTER)
+        _inject(unet, config, sorted(layers))
     own = {name.replace(f".{_ADAPTER}.", "."): t for name, t in unet.state_dict().items() if ".lora_" in name}
     try:
         check_shapes(

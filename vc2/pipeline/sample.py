@@ -61,6 +61,7 @@ class SampleRequest(Config):
     prompts: tuple[str, ...]
     negative_prompt: str = ""
     images: tuple[str, ...] = ()  # files; one for all prompts or one for each
+    lora: str = ""  # a file of low-rank updates to lay over the weights
     seed: int = Field(123, ge=0)  # of the first prompt; the next has the next
     frames: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)
@@ -192,9 +193,11 @@ def sample_videos(
 
     Raises:
         ConfigError: If the model cannot make what is asked for, or an image cannot be read.
+        WeightsError: If the updates are not for this model.
     """
     from vc2.data.decode import encode_video, write_whole
     from vc2.model.generate import cautions, check_request, generate_videos, pick_device
+    from vc2.model.lora import load_lora, merge_lora
 
     check_prompts(request)
     frames, width, height, fps = _filled_in(loaded, request)
@@ -204,6 +207,9 @@ def sample_videos(
     for text in cautions(config, frames=frames, fps=(fps,), told=told, trained_frames=loaded.frames):
         warn(text)
     images = _read_images(request.images, width, height)
+    if request.lora:
+        load_lora(loaded.model.unet, request.lora)
+        merge_lora(loaded.model.unet)
     device = pick_device(request.device)
     precision = _precision(request.precision, device.type)
     model = loaded.model.to(device)
@@ -243,6 +249,7 @@ def sample_videos(
             "device": device.type,
             "checkpoint": loaded.name,
             "weights": loaded.weights,
+            "lora": Path(request.lora).name,
         }
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
