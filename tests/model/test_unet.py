@@ -11,7 +11,7 @@ def tiny_inputs(clips: int = 2, frames: int = 3) -> tuple[torch.Tensor, torch.Te
     return torch.randn(clips, 4, frames, 4, 6), torch.arange(clips) * 400 + 3, torch.randn(clips, 5, 12)
 
 
-@pytest.mark.parametrize("run", ["t2v_fps", "image_t1", "t2v_relative_position"])
+@pytest.mark.parametrize("run", ["t2v_plain", "t2v_fps", "image_t1", "t2v_relative_position"])
 @torch.no_grad()
 def test_the_network_equals_the_recorded_one(golden, run):
     recorded = golden(f"unet/{run}.npz")

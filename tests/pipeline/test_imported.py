@@ -11,17 +11,18 @@ from vc2.cli import main
 from vc2.errors import ConfigError
 from vc2.eval.config import SampleStage
 from vc2.eval.generate_rank import load_generator
-from vc2.miniature.config import autoencoder_config, text_config, unet_config
+from vc2.miniature.config import autoencoder_config, image_base_weights, text_config, unet_config
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.bundle import Parts, VideoModel
-from vc2.model.config import ModelConfig, TextConfig
-from vc2.model.convert import Found, read_model
-from vc2.model.files import Tensors
+from vc2.model.config import ModelConfig, ScheduleConfig, TextConfig
+from vc2.model.convert import Found, read_model, write_model
+from vc2.model.files import Tensors, open_weights
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
+from vc2.model.weights import spatial_from_sd
 from vc2.pipeline.driver import given_artifacts
-from vc2.pipeline.imported import convert, import_model
+from vc2.pipeline.imported import convert, import_model, is_checkpoint_uri
 from vc2.train.config import Layout, TrainStage
 from vc2.train.parts import build_text_encoder, build_unet
 from vc2.train.request import RankRequest
@@ -84,8 +85,11 @@ def test_training_goes_on_from_it(checkpoint, released, store, tmp_path):
     )  # fmt: skip
     assert_same(build_unet(request, store, tmp_path), read_model(released).parts.load().unet)
     wider = stage.evolve(model=stage.model.evolve(unet=unet_config().evolve(dropout=0.5)))
-    with pytest.raises(ConfigError, match=r"another network than model\.unet asks for: dropout=0\.0 \(asked: 0\.5\)"):
+    with pytest.raises(ConfigError, match=r"another model than model\.unet asks for: dropout=0\.0 \(asked: 0\.5\)"):
         build_unet(request.evolve(stage=wider), store, tmp_path)
+    unscaled = stage.evolve(model=stage.model.evolve(schedule=ScheduleConfig(signal_scaling=False)))
+    with pytest.raises(ConfigError, match=r"than model\.schedule asks for: signal_scaling=True \(asked: False\)"):
+        build_unet(request.evolve(stage=unscaled), store, tmp_path)
 
 
 def test_the_text_tower_that_a_model_brings_is_the_one_that_is_used(store, tmp_path):
@@ -140,6 +144,41 @@ def test_the_command_says_what_it_read_and_wrote(released, tmp_path, capsys):
     assert said["parameters"]["total"] == said["parameters"]["spatial"] + said["parameters"]["temporal"]
     assert main(["convert", str(released), str(tmp_path / "store"), "--to", "checkpoint", *work]) == 0
     assert "/runs/imported/" in capsys.readouterr().out
+
+
+def test_a_file_below_a_folder_called_runs_is_a_file(released, tmp_path):
+    """Only what looks like an artifact is looked for in a store."""
+    place = tmp_path / "runs" / "exp1" / "model.ckpt"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(released.read_bytes())
+    assert not is_checkpoint_uri(str(place))
+    assert convert(str(place), str(tmp_path / "ours"), "vc2", tmp_path / "work").form == "released"
+    assert is_checkpoint_uri("s3://bucket/store/runs/full/abc/checkpoints/1")
+    assert not is_checkpoint_uri(str(tmp_path / "runs" / "exp1"))
+
+
+def test_a_checkpoint_is_told_by_its_manifest(checkpoint, tmp_path):
+    for place in (checkpoint.uri, f"{checkpoint.uri}/manifest.json"):
+        assert is_checkpoint_uri(place)
+        assert convert(place, str(tmp_path / "ours"), "vc2", tmp_path / "work", force=True).form == "vc2"
+    with pytest.raises(ConfigError, match="--hyper-parameters belongs to released checkpoints"):
+        convert(
+            checkpoint.uri, str(tmp_path / "x"), "vc2", tmp_path / "work", hyper_parameters=tmp_path / "config.yaml"
+        )
+
+
+@pytest.mark.parametrize(("loudness", "cautions"), [(1, 0), (0.07, 1)], ids=["noise", "velocity"])
+def test_growing_from_an_image_network_that_seems_not_to_predict_noise_is_said(tmp_path, capsys, loudness, cautions):
+    """Its output turned down to what a velocity predictor would say; no video network, no caution."""
+    config = ModelConfig(unet=unet_config(), autoencoder=autoencoder_config(), text=text_config())
+    unet = spatial_from_sd(config.unet, open_weights(image_base_weights()))
+    spatial = Tensors.of({name: unet[name] * (loudness if name.startswith("conv_out") else 1) for name in unet})
+    source = tmp_path / "sd.safetensors"
+    write_model(Found("sd-ldm", "", Parts(config, spatial), is_image_network=True), source, "sd-ldm")
+    for to, expected in (("vc2", cautions), ("sd-diffusers", 0)):
+        arguments = ["convert", str(source), str(tmp_path / to), "--to", to, "--work", str(tmp_path / "work")]
+        assert main(arguments) == 0
+        assert capsys.readouterr().err.count("its answer to pure noise is not that noise") == expected
 
 
 def test_what_is_there_is_not_harmed(released, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vc2.artifacts import (
     Checkpoint,
@@ -30,10 +30,11 @@ from vc2.data.config import LoaderConfig
 from vc2.data.loader import Loader
 from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
 from vc2.errors import ConfigError
+from vc2.model.autoencoder import Autoencoder
 from vc2.model.config import LoraConfig
 from vc2.model.lora import load_lora, merged_state_dict
 from vc2.model.partition import is_temporal
-from vc2.model.weights import load_unet
+from vc2.model.weights import autoencoder_to_released, load_unet
 from vc2.seeding import generator
 from vc2.storage import LocalStore, Store
 from vc2.train.attempts import Attempt, Run
@@ -232,13 +233,27 @@ def test_spatial_tuning_keeps_every_temporal_bit(world: World, unbroken: Checkpo
 
 
 def test_low_rank_tuning_gives_a_plain_network_and_its_updates(world: World, unbroken: Checkpoint) -> None:
-    """Only attention of the tuned group differs; the checkpoint's base with the file of updates is the checkpoint."""
+    """Only attention of the tuned group differs; the checkpoint's base with the file of updates is the checkpoint.
+
+    What an imported model brought goes on with it, and an autoencoder under foreign names becomes one under ours.
+    """
+    before = load_manifest(world.store, unbroken.prefix)
+    text = before.file("model.json").evolve(name="text.safetensors")  # passed on unread: this tower is seeded
+    imported = commit(world.store, "runs/imported/1/checkpoints/00000000", before.evolve(files=(*before.files, text)))
+    assert isinstance(imported, Checkpoint)
+    ours = Autoencoder.from_safetensors(Path(world.store.uri) / before.file("autoencoder.safetensors").key)
+    levels = len(ours.config.block_out_channels)
+    foreign = autoencoder_to_released(ours.net.state_dict(), levels).renamed(lambda name: f"first_stage_model.{name}")
+    save_file(dict(foreign), world.work / "ldm.safetensors")
     strategy = Strategy(trainable="temporal", lora=LoraConfig(rank=2))
-    stage = world.stage.evolve(strategy=strategy, num_steps=2)
+    model = world.stage.model.evolve(autoencoder_path=str(world.work / "ldm.safetensors"), autoencoder_sha256="")
+    stage = world.stage.evolve(strategy=strategy, num_steps=2, model=model)
     tuned = train(
-        stage, world.store, world.work, fingerprint="7" * 64, shards=world.shards, start_from=unbroken, inputs={}
+        stage, world.store, world.work, fingerprint="7" * 64, shards=world.shards, start_from=imported, inputs={}
     )
-    before, after = (load_manifest(world.store, found.prefix) for found in (unbroken, tuned))
+    after = load_manifest(world.store, tuned.prefix)
+    assert after.file("text.safetensors") == text
+    assert after.file("autoencoder.safetensors").sha256 == before.file("autoencoder.safetensors").sha256
     assert after.counts["trainable_parameters"] == after.counts["lora_parameters"] < 10_000
     base, merged = (load_unet(Path(world.store.uri) / m.file("unet_ema.safetensors").key) for m in (before, after))
     state, result = base.state_dict(), merged.state_dict()

@@ -109,8 +109,10 @@ class Attention(nn.Module):
         if self.key_positions is not None and self.value_positions is not None:
             value = (value.unflatten(-1, (-1, self.head_dim)) + self.value_positions(1)[0]).flatten(-2)
             idle.append(self.key_positions)
-        learning = [parameter.sum() for module in idle for parameter in module.parameters() if parameter.requires_grad]
-        return value + 0.0 * torch.stack(learning).sum() if learning else value
+        learning = [parameter for module in idle for parameter in module.parameters() if parameter.requires_grad]
+        if not (learning and torch.is_grad_enabled()):
+            return value
+        return value + 0.0 * torch.stack([parameter.flatten()[0] for parameter in learning]).sum()
 
     def _attend_by_distance(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.key_positions is not None and self.value_positions is not None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vc2.artifacts import Artifact, FileEntry, Manifest, checkpoint_prefix, commit, put_file, put_object
+from vc2.artifacts import Artifact, FileEntry, Manifest, checkpoint_prefix, commit, load_manifest, put_file, put_object
 from vc2.model.files import write_weights
 from vc2.model.lora import merged_state_dict, save_lora
 from vc2.model.unet import UNet3D
@@ -21,7 +21,16 @@ from vc2.model.weights import save_unet
 from vc2.train.attempts import Run, StateManifest
 from vc2.train.config import STAGE_VERSION, TrainStage
 from vc2.train.fragments import assemble
-from vc2.train.request import AUTOENCODER, EMA_WEIGHTS, LORA, MODEL_CONFIG, RAW_WEIGHTS, RankRequest
+from vc2.train.request import (
+    AUTOENCODER,
+    EMA_WEIGHTS,
+    IMAGE_WEIGHTS,
+    LORA,
+    MODEL_CONFIG,
+    RAW_WEIGHTS,
+    TEXT_WEIGHTS,
+    RankRequest,
+)
 from vc2.train.states import state_files
 
 __all__ = ["commit_checkpoint", "weights_of_state"]
@@ -76,6 +85,9 @@ def commit_checkpoint(
         files.append(put_object(run.store, path, LORA))
         path.unlink()
     files.append(request.autoencoder.evolve(name=AUTOENCODER))
+    if request.start_from is not None:  # what an imported model brought along goes on with it
+        before = load_manifest(run.store, request.start_from.prefix).files
+        files += [file for file in before if file.name in (TEXT_WEIGHTS, IMAGE_WEIGHTS)]
     files.append(_put_model(run, prefix, request.stage, fps))
     manifest = Manifest(
         kind="checkpoint",

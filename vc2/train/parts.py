@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from vc2.artifacts import FileEntry, load_manifest
+from vc2.artifacts import FileEntry, Manifest, load_manifest
+from vc2.config import Config
 from vc2.errors import ConfigError, WeightsError
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.bundle import text_tower
-from vc2.model.config import UNetConfig
+from vc2.model.config import ModelConfig, UNetConfig
 from vc2.model.files import Tensors, open_weights, read_weights
 from vc2.model.partition import group_of
 from vc2.model.text import TextEncoder
@@ -25,6 +27,7 @@ from vc2.train.config import TrainStage
 from vc2.train.request import EMA_WEIGHTS, RAW_WEIGHTS, TEXT_WEIGHTS, RankRequest
 
 __all__ = [
+    "autoencoder_of_file",
     "autoencoder_of_start",
     "build_autoencoder",
     "build_text_encoder",
@@ -51,11 +54,16 @@ def build_unet(request: RankRequest, store: Store, work: Path) -> UNet3D:
         manifest = load_manifest(store, request.start_from.prefix)
         path = _fetched(store, manifest.file(name), work)
         weights, shape = read_weights(path, UNetConfig)
-        if shape is None or shape.identity() != config.model.unet.identity():
-            raise ConfigError(
-                f"{request.start_from.uri} holds another network than model.unet asks for: "
-                f"{_difference(shape, config.model.unet) if shape else 'it does not say of which shape'}"
-            )
+        if shape is None:
+            raise ConfigError(f"{request.start_from.uri}/{name} does not say which shape its network has")
+        started = _model_of(manifest, shape)
+        for part in ("unet", "schedule", "autoencoder", "text"):
+            found, asked = getattr(started, part), getattr(config.model, part)
+            if found.identity() != asked.identity():
+                raise ConfigError(
+                    f"{request.start_from.uri} holds another model than model.{part} asks for: "
+                    f"{_difference(found, asked)}"
+                )
         return fill_unet(config.model.unet, weights, what=f"{request.start_from.uri}/{name}")
     unet = UNet3D(config.model.unet)
     if config.sd_init:
@@ -70,7 +78,17 @@ def build_unet(request: RankRequest, store: Store, work: Path) -> UNet3D:
     return unet
 
 
-def _difference(found: UNetConfig, asked: UNetConfig) -> str:
+def _model_of(manifest: Manifest, unet: UNetConfig) -> ModelConfig:
+    """What a checkpoint's manifest says of the model, with the shape that stands in its network's own file."""
+    try:
+        return ModelConfig.model_validate(manifest.config["model"]).evolve(unet=unet)
+    except (KeyError, ValidationError) as error:
+        raise ConfigError(
+            f"checkpoint {manifest.fingerprint[:12]} does not say which model it holds ({error})"
+        ) from None
+
+
+def _difference(found: Config, asked: Config) -> str:
     ours = asked.identity()
     return ", ".join(
         f"{name}={value} (asked: {ours[name]})" for name, value in found.identity().items() if value != ours[name]
@@ -97,14 +115,21 @@ def autoencoder_of_start(config: TrainStage, work: Path) -> Path:
         WeightsError: If there is no autoencoder in them, or it does not fit.
     """
     path = resolve(config.sd_init, path=Path(config.sd_path) if config.sd_path else None, cache=work / "pretrained")
-    if path.is_dir() or any(name.startswith("first_stage_model.") for name in open_weights(path)):
-        autoencoder = Autoencoder.from_released(config.model.autoencoder, open_weights(path, "vae"))
-    else:
+    if not path.is_dir() and not any(name.startswith("first_stage_model.") for name in open_weights(path)):
         raise WeightsError(
             f"{path}: no autoencoder in it (first_stage_model.*); set model.autoencoder_path to a file of one"
         )
-    target = work / f"autoencoder-{config.sd_init}.safetensors"
-    autoencoder.save(target)
+    return autoencoder_of_file(config, path, work)
+
+
+def autoencoder_of_file(config: TrainStage, path: Path, work: Path) -> Path:
+    """The autoencoder in a file or folder of any form (LDM, diffusers, a whole checkpoint), in a file of ours.
+
+    Raises:
+        WeightsError: If it is none, or of another shape than `model.autoencoder`.
+    """
+    target = work / "autoencoder.safetensors"
+    Autoencoder.from_released(config.model.autoencoder, open_weights(path, "vae")).save(target)
     return target
 
 

@@ -5,13 +5,23 @@ from vc2.config import Config
 from vc2.train.attempts import StateRef
 from vc2.train.config import Layout, TrainStage
 
-__all__ = ["AUTOENCODER", "EMA_WEIGHTS", "LORA", "MODEL_CONFIG", "RAW_WEIGHTS", "TEXT_WEIGHTS", "RankRequest"]
+__all__ = [
+    "AUTOENCODER",
+    "EMA_WEIGHTS",
+    "IMAGE_WEIGHTS",
+    "LORA",
+    "MODEL_CONFIG",
+    "RAW_WEIGHTS",
+    "TEXT_WEIGHTS",
+    "RankRequest",
+]
 
 # Names of the files of a checkpoint; readers of checkpoints know them.
 RAW_WEIGHTS = "unet.safetensors"
 EMA_WEIGHTS = "unet_ema.safetensors"
 AUTOENCODER = "autoencoder.safetensors"
-TEXT_WEIGHTS = "text.safetensors"  # of an imported checkpoint alone: others name their text tower
+TEXT_WEIGHTS = "text.safetensors"  # of an imported model and what is trained from it: others name their text tower
+IMAGE_WEIGHTS = "image.safetensors"  # likewise, of an image-to-video model
 MODEL_CONFIG = "model.json"
 LORA = "lora.safetensors"  # averaged low-rank updates, where those were learnt
 

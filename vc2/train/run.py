@@ -11,11 +11,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from vc2.artifacts import Artifact, Checkpoint, FileEntry, ShardSet, checkpoint_prefix, find, load_manifest, put_object
 from vc2.errors import ConfigError, LaunchFailed, PretrainedMissing
 from vc2.launch import cpu_count, run_ranks
 from vc2.progress import Progress, silent
-from vc2.storage import Store
+from vc2.storage import Store, file_digest
 from vc2.train.attempts import Attempt, Heartbeat, Run, StateManifest, is_alive, newest_state, this_process
 from vc2.train.config import Layout, TrainStage
 from vc2.train.request import AUTOENCODER, RankRequest
@@ -173,18 +175,36 @@ def _autoencoder(config: TrainStage, store: Store, work: Path, start_from: Check
             raise PretrainedMissing(
                 f"autoencoder: {path} is no file; set model.autoencoder_path to a file of its weights"
             )
-        entry = put_object(store, path, AUTOENCODER)
+        found = file_digest(path).sha256
+        entry = put_object(store, path if _is_of_ours(path) else _as_ours(config, work, path), AUTOENCODER)
     elif start_from is not None:
         entry = load_manifest(store, start_from.prefix).file(AUTOENCODER)
+        found = entry.sha256
     elif config.sd_init:
-        from vc2.train.parts import autoencoder_of_start
-
-        entry = put_object(store, autoencoder_of_start(config, work), AUTOENCODER)
+        entry = put_object(store, _as_ours(config, work), AUTOENCODER)
+        found = entry.sha256
     else:
         raise ConfigError("model.autoencoder_path is empty; set it to a file of the autoencoder")
-    if model.autoencoder_sha256 not in ("", entry.sha256):
+    if model.autoencoder_sha256 not in ("", found):
         raise ConfigError(
-            f"autoencoder: sha256 {entry.sha256[:12]}, model.autoencoder_sha256 says {model.autoencoder_sha256[:12]}; "
+            f"autoencoder: sha256 {found[:12]}, model.autoencoder_sha256 says {model.autoencoder_sha256[:12]}; "
             "give the file that the configuration names, or change the name"
         )
     return entry
+
+
+def _is_of_ours(path: Path) -> bool:
+    """Whether a file of an autoencoder is one that `Autoencoder.save` wrote."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return "config" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _as_ours(config: TrainStage, work: Path, path: Path | None = None) -> Path:
+    """The autoencoder of a foreign file, or beside what training starts from, in a file that readers expect."""
+    from vc2.train.parts import autoencoder_of_file, autoencoder_of_start
+
+    work.mkdir(parents=True, exist_ok=True)
+    return autoencoder_of_start(config, work) if path is None else autoencoder_of_file(config, path, work)
