@@ -9,15 +9,17 @@ ceiling of one large matrix product in the same type, the bandwidth of a copy, a
 over all operations of max(operations / ceiling, bytes / bandwidth), counted on ours. A share of the roofline is that
 time over the measured one; model FLOPs utilisation (MFU) is counted FLOP/s over the ceiling.
 
-Memory is the peak beyond what lies there before the pass (weights; and gradients, for forward + backward): on a GPU of
-the allocator, on a CPU of the process.
+Times are the least of all passes, since whatever else the machine does can only add. Memory is the most beyond what
+lay there before the pass (weights, and the gradients of the pass before): on a GPU of the allocator, on a CPU of the
+process.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -96,7 +98,6 @@ def measure(variant: str, shape: Shape, repeats: int) -> dict[str, float]:
     """Seconds and bytes of one variant in this process."""
     call = build(variant, shape)
     parameters = list(call.network.parameters())  # type: ignore[attr-defined]
-    size = sum(p.numel() * p.element_size() for p in parameters)
 
     def forward() -> None:
         with torch.no_grad():
@@ -104,15 +105,16 @@ def measure(variant: str, shape: Shape, repeats: int) -> dict[str, float]:
 
     def train() -> None:
         for parameter in parameters:
-            parameter.grad = None
+            if parameter.grad is not None:
+                parameter.grad.zero_()
         call().float().square().mean().backward()
 
     found: dict[str, float] = {"parameters": sum(p.numel() for p in parameters)}
-    for name, work, there in (("forward", forward, size), ("train", train, 2 * size)):
+    for name, work in (("forward", forward), ("train", train)):
         work()
         work()  # the second of a compiled network is still slow
-        found[f"{name} seconds"] = statistics.median(_seconds(work, shape.device) for _ in range(repeats))
-        found[f"{name} bytes"] = _peak(work, shape.device) - there
+        found[f"{name} seconds"] = min(_seconds(work, shape.device) for _ in range(repeats))
+        found[f"{name} bytes"] = _peak(work, shape.device)
     return found
 
 
@@ -130,16 +132,23 @@ def _wait(device: str) -> None:
 
 
 def _peak(work: Callable[[], None], device: str) -> float:
-    """Peak bytes while working: of the allocator on a GPU; on a CPU of all the process beyond its imports."""
+    """Most bytes while working, beyond those there before: of the allocator on a GPU, of the process on a CPU."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is given back
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
     work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _AT_START
+    return _resident("VmHWM") - before
 
 
-_AT_START = 0
+def _resident(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found.group(1))
 
 
 def count(shape: Shape) -> dict[str, float]:
@@ -207,18 +216,18 @@ def _bandwidth(shape: Shape) -> float:
 def _child(job: dict[str, Any]) -> dict[str, float]:
     """One measurement in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.unet", "--job", json.dumps(job)], stdout=subprocess.PIPE, check=True
+        [sys.executable, "-m", "benchmarks.unet", "--job", json.dumps(job)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _do(job: dict[str, Any]) -> dict[str, float]:
-    global _AT_START
     shape = Shape.model_validate(job["shape"])
     if shape.device == "cpu":
         torch.set_num_threads(job["threads"])
-    build("ours", shape.evolve(width=64, height=8, columns=8, frames=1))()  # import all there is to import
-    _AT_START = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return count(shape) if job["variant"] == "count" else measure(job["variant"], shape, job["repeats"])
 
 
@@ -228,11 +237,11 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--width", type=int, help="model_channels; default: 64 on a CPU, 320 elsewhere")
     parser.add_argument("--size", default=None, help="pixels; default: 256x128 on a CPU, 512x320 elsewhere")
-    parser.add_argument("--frames", type=int, help="default: 8 on a CPU, 16 elsewhere")
+    parser.add_argument("--frames", type=int, help="default: 4 on a CPU, 16 elsewhere")
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3, help="times that the networks take turns")
-    parser.add_argument("--repeats", type=int, default=3, help="passes per turn; the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="passes per turn; the fastest counts")
     parser.add_argument("--compile", action="store_true", help="measure the compiled networks too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -245,7 +254,7 @@ def main() -> None:
     columns, height = (int(side) // 8 for side in (options.size or ("256x128" if is_cpu else "512x320")).split("x"))
     shape = Shape(
         width=options.width or (64 if is_cpu else 320), height=height, columns=columns,
-        frames=options.frames or (8 if is_cpu else 16), clips=options.clips, device=options.device,
+        frames=options.frames or (4 if is_cpu else 16), clips=options.clips, device=options.device,
         dtype=options.dtype or ("float32" if is_cpu else "bfloat16"),
     )  # fmt: skip
     job: dict[str, Any] = {"shape": shape.model_dump(), "threads": options.threads, "repeats": options.repeats}
@@ -256,7 +265,10 @@ def main() -> None:
         for variant in variants:
             runs[variant].append(_child(job | {"variant": variant}))
     figures = {
-        variant: {name: statistics.median(run[name] for run in found) for name in found[0]}
+        variant: {
+            name: (min if name.endswith("seconds") else statistics.median)(run[name] for run in found)
+            for name in found[0]
+        }
         for variant, found in runs.items()
     }
     _say(shape, figures, counted)
@@ -268,7 +280,7 @@ def main() -> None:
         "command": "python -m benchmarks.unet " + " ".join(sys.argv[1:]),
         "date": now.isoformat(timespec="seconds"),
         "machine": {"processor": machine, "threads": options.threads},
-        "shape": shape.model_dump(), "counted": counted, "median": figures, "runs": runs, "environment": environment(),
+        "shape": shape.model_dump(), "counted": counted, "best": figures, "runs": runs, "environment": environment(),
     }  # fmt: skip
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)

@@ -129,3 +129,19 @@ def test_mirroring_fails_when_anything_is_missing(tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)[0]["outcome"] == "copied"
     assert main([*arguments, "sam2"]) == 1
     assert [step["outcome"] for step in json.loads(capsys.readouterr().out)] == ["there already", "missing"]
+
+
+def test_mirroring_all_succeeds_without_what_the_hub_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody asked for it by name; where it is published is said."""
+    from vc2.pretrained import WEIGHTS
+
+    for weight in WEIGHTS.values():
+        if weight.hub is not None:
+            place = tmp_path / "downloads" / weight.file
+            place.parent.mkdir(parents=True)
+            place.write_bytes(weight.name.encode())
+    assert main(["mirror", str(tmp_path / "mirror"), "--from", str(tmp_path / "downloads")]) == 0
+    said = capsys.readouterr().out
+    assert f"fetch it from {WEIGHTS['dover'].url} and give --from FOLDER" in said

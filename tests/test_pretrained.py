@@ -136,6 +136,23 @@ def test_wrong_bytes_do_not_get_into_a_mirror(tmp_path):
     assert not (tmp_path / "mirror" / weight.file).exists()
 
 
+def test_damaged_bytes_are_wrong_and_not_missing(folder, tmp_path):
+    (folder / MIRROR_MANIFEST).write_text(json.dumps({NAME: {"file": FILE, "size": 7, "sha256": "0" * 64}}))
+    (step,) = mirror(str(tmp_path / "another"), (NAME,))
+    assert step.outcome == "wrong" and "its mirror says" in step.words
+
+
+def test_what_the_hub_does_not_have_is_missing_only_where_it_was_asked_for(files, tmp_path):
+    """The rest is named with the place it is published at."""
+    steps = {step.name: step for step in mirror(str(tmp_path / "mirror"), source=files)}
+    assert steps["dover"].outcome == steps["miniature-image-base"].outcome == "copied"
+    assert steps["inception-2015-12-05"].outcome == "not on the hub"
+    assert WEIGHTS["inception-2015-12-05"].url in steps["inception-2015-12-05"].words
+    assert steps["sd21-base"].outcome == "missing"  # which the hub has
+    (step,) = mirror(str(tmp_path / "mirror"), ("inception-2015-12-05",), source=files)
+    assert step.outcome == "missing"
+
+
 def test_a_name_that_several_weights_share_is_not_guessed(tmp_path):
     """`model.safetensors` alone does not say whose it is."""
     (tmp_path / "model.safetensors").write_bytes(b"whose?")
@@ -148,3 +165,13 @@ def test_every_weight_says_its_licence_and_its_use():
         assert name == weight.name and weight.license and weight.used_by
     files = [weight.file for weight in WEIGHTS.values()]
     assert len(set(files)) == len(files)
+
+
+def test_what_can_be_no_weights_is_not_mirrored(tmp_path):
+    """A web page saved in place of the file would be served for ever."""
+    (tmp_path / "from").mkdir()
+    for text, words in (("<html>log in</html>", "web page"), ("", "empty")):
+        (tmp_path / "from" / "DOVER.pth").write_text(text)
+        (step,) = mirror(str(tmp_path / "mirror"), ("dover",), source=tmp_path / "from")
+        assert step.outcome == "wrong" and words in step.words
+        assert not list((tmp_path / "mirror").rglob("*.pth"))

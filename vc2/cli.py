@@ -5,6 +5,7 @@ for a run that was asked to stop and left a state to resume from.
 """
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -44,6 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        print(f"vc2: not enough memory ({error}); ask for less", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"vc2: no space left ({error.filename or 'where the output goes'}); make room and try again",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -372,7 +384,6 @@ def _sample(options: argparse.Namespace) -> None:
         "prompts": options.prompts,
         "negative_prompt": options.negative_prompt,
         "images": options.image,
-        "lora": options.lora,
         "seed": options.seed,
         "frames": options.frames,
         "width": width,
@@ -399,14 +410,15 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _loaded(options: argparse.Namespace) -> "LoadedModel":
     from vc2.pipeline import sample
+    from vc2.pipeline.imported import is_checkpoint_uri
     from vc2.pipeline.recipes import DEFAULT_WORK
 
     where = options.checkpoint
-    if "://" in where or where.endswith("manifest.json") or (Path(where) / "manifest.json").is_file():
+    if is_checkpoint_uri(where):
         store, artifact = _artifact(where)
         cache = (options.work or DEFAULT_WORK).absolute() / "cache" / "weights"
-        return sample.load_artifact(store, artifact, weights=options.weights, cache=cache)
-    return sample.load_files(Path(where), weights=options.weights)
+        return sample.load_artifact(store, artifact, weights=options.weights, cache=cache, lora=options.lora or "")
+    return sample.load_files(Path(where), weights=options.weights, lora=options.lora or "")
 
 
 def _note(text: str) -> None:
@@ -504,6 +516,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # imported by others on the way, it would talk on stdout
+
     from vc2.pipeline.imported import convert
     from vc2.pipeline.recipes import DEFAULT_WORK
 
@@ -518,6 +532,8 @@ def _convert(options: argparse.Namespace) -> None:
         hyper_parameters=options.hyper_parameters,
         force=options.force,
     )
+    if done.caution:
+        _note(done.caution)
     if options.json:
         print(json.dumps(asdict(done), indent=1))
         return

@@ -326,7 +326,7 @@ class MirrorStep:
     """What became of one weight file on its way into a mirror."""
 
     name: str
-    outcome: Literal["there already", "copied", "missing", "wrong"]
+    outcome: Literal["there already", "copied", "not on the hub", "missing", "wrong"]
     words: str
     size: int = 0
     sha256: str = ""
@@ -336,6 +336,9 @@ def mirror(
     destination: str, names: tuple[str, ...] = (), *, source: Path | None = None, verify: bool = False
 ) -> Iterator[MirrorStep]:
     """Copy weights into a mirror, one after the other; what is there with the size recorded is not copied again.
+
+    Of weights that nobody asked for by name, those that the hub does not have and that are nowhere are "not on the
+    hub"; any other that is nowhere is "missing".
 
     Args:
         destination: A folder or `s3://bucket/prefix`; gets the files, and a manifest of their sha256.
@@ -351,24 +354,45 @@ def mirror(
         raise PretrainedMissing(f"no weights are called {strange[0]!r}; they are {', '.join(WEIGHTS)}")
     store = open_store(destination)
     for name in names or tuple(WEIGHTS):
-        yield _mirrored_already(store, WEIGHTS[name], verify) or _mirror_one(store, WEIGHTS[name], source)
+        weight = WEIGHTS[name]
+        yield _mirrored_already(store, weight, verify) or _mirror_one(store, weight, source, is_asked_for=bool(names))
 
 
 def _mirrored_already(store: Store, weight: Weight, verify: bool) -> MirrorStep | None:
     entry = _read_json(store, MIRROR_MANIFEST).get(weight.name)
     stored = store.entry(weight.file)
-    if not entry or stored is None or stored.size != entry["size"]:
+    if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        return None
+    if stored is None or stored.size != entry["size"]:
         return None
     if verify and _stored_sha256(store, weight.file, stored.size) != entry["sha256"]:
         return None
     return MirrorStep(weight.name, "there already", join_uri(store.uri, weight.file), stored.size, entry["sha256"])
 
 
-def _mirror_one(store: Store, weight: Weight, source: Path | None) -> MirrorStep:
+def _no_weights(path: Path) -> str:
+    """Why a file can be no weights of any kind; empty where its first bytes do not tell."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "is empty"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not weights"
+    return "is a git-LFS pointer, not the weights" if start.startswith(b"version https://git-lfs") else ""
+
+
+def _mirror_one(store: Store, weight: Weight, source: Path | None, *, is_asked_for: bool) -> MirrorStep:
     try:
-        path = _in_folder(source, weight) if source else resolve(weight.name)
-    except (PretrainedMissing, WeightsError) as error:
+        path = _in_folder(source, weight) if source and not weight.shipped else resolve(weight.name)
+    except PretrainedMissing as error:
+        if weight.hub is None and not is_asked_for:
+            place = weight.url or "its makers"
+            return MirrorStep(weight.name, "not on the hub", f"fetch it from {place} and give --from FOLDER")
         return MirrorStep(weight.name, "missing", str(error))
+    except WeightsError as error:
+        return MirrorStep(weight.name, "wrong", str(error))
+    if no_weights := _no_weights(path):
+        return MirrorStep(weight.name, "wrong", f"{path}: {no_weights}; fetch it again")
     lies_there = Path(store.uri) / weight.file == path.absolute()  # then only the manifest lacks it
     found = file_digest(path) if lies_there else store.upload(path, weight.file)
     if weight.sha256 and not found.sha256.startswith(weight.sha256):

@@ -1,6 +1,7 @@
 """A model goes from form to form and comes back bit for bit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from vc2.model.config import (
     UNetConfig,
 )
 from vc2.model.convert import (
+    Form,
+    Found,
     load_model,
     parameter_counts,
     read_hyper_parameters,
@@ -110,6 +113,48 @@ def test_a_released_checkpoint_comes_back_bit_for_bit(write, tmp_path, name, ima
     write_model(read_model(tmp_path / "ours"), tmp_path / f"again-{name}", "released")
     assert state["scale_arr"].shape == (1400,)
     assert_same(open_weights(tmp_path / f"again-{name}"), state)
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_a_released_checkpoint_comes_back_from_our_pipeline_bit_for_bit(write, tmp_path, image):
+    """Values, and types, which may differ by network: what diffusers has no place for lies beside it."""
+    state = released(UNET.evolve(use_image_attention=image), image=image)
+    part_types = {"model.diffusion": torch.bfloat16, "cond_stage": torch.float16, "embedder": torch.float16}
+    for name, tensor in state.items():
+        state[name] = tensor.to(next((part_types[p] for p in part_types if name.startswith(p)), tensor.dtype))
+    found = read_model(write(state))
+    write_model(found, tmp_path / "full", "diffusers-full")
+    again = read_model(tmp_path / "full")
+    assert again.form == "diffusers-full" and again.parts.config == found.parts.config
+    write_model(again, tmp_path / "again.safetensors", "released")
+    assert_same(open_weights(tmp_path / "again.safetensors"), state)
+    autoencoder = load_file(tmp_path / "full" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in autoencoder.values()} == {torch.float32}
+
+
+def test_a_seeded_text_tower_stays_one_in_a_folder_of_our_pipeline(tmp_path):
+    model = video_model()
+    model = replace(model, config=model.config.evolve(text=TEXT.evolve(seed=3)), text=TextEncoder(TEXT.evolve(seed=3)))
+    write_model(Found("vc2", "", Parts.of(model)), tmp_path / "full", "diffusers-full")
+    again = read_model(tmp_path / "full").parts
+    assert again.config == model.config and again.fps == model.fps and again.text is None
+    assert_same(again.load().text.tower.state_dict(), model.text.tower.state_dict())
+
+
+def test_stock_diffusers_keeps_the_type_of_every_network(write, tmp_path):
+    """What its frame rate adds is rounded once."""
+    state = released()
+    state = {name: tensor.half() if name.startswith("model.") else tensor for name, tensor in state.items()}
+    found = read_model(write(state))
+    write_model(found, tmp_path / "stock", "diffusers", fps=8)
+    again = read_model(tmp_path / "stock").parts
+    for part, dtype in ((again.unet, torch.float16), (again.autoencoder, torch.float32), (again.text, torch.float32)):
+        assert part is not None and {stored.dtype for stored in part.stored.values()} == {dtype}
+    unet = found.parts.load().unet
+    assert unet.fps_embedding is not None
+    with torch.no_grad():
+        bias = unet.time_embedding.out.bias + unet.fps_embedding(torch.tensor([8]))[0]
+    assert torch.equal(again.unet["time_embedding.out.bias"], bias.half())
 
 
 def test_types_are_kept_unless_another_is_asked_for(write, tmp_path):
@@ -216,31 +261,172 @@ def test_the_spatial_part_loads_in_diffusers_and_is_ours_frame_by_frame(write, t
         torch.testing.assert_close(predicted[:, :, frame], alone, rtol=0, atol=2e-5)
 
 
+def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A moving average as LDM writes it, under flattened names: every tensor of the network, one more than it is."""
+    names = [name for name in state if name.startswith("model.diffusion_model.")]
+    flat = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": state[name] + 1 for name in names}
+    return flat | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
 def test_the_average_is_taken_where_a_file_has_both(write):
     """LDM flattens the names of its moving average."""
     state = released()
-    name = "model.diffusion_model.time_embed.0.weight"
-    state["model_ema.diffusion_modeltime_embed0weight"] = state[name] + 1
-    state["model_ema.decay"] = torch.tensor(0.9999)
-    path = write(state)
-    ours = "time_embedding.hidden.weight"
+    path = write(state | averaged(state))
+    name, ours = "model.diffusion_model.time_embed.0.weight", "time_embedding.hidden.weight"
     assert torch.equal(read_model(path, weights="ema").parts.unet[ours], state[name] + 1)
     assert torch.equal(read_model(path, weights="raw").parts.unet[ours], state[name])
 
 
+@pytest.mark.parametrize("change", ["one is missing", "one alone", "one too many"])
+def test_averaged_and_raw_weights_are_never_mixed(write, change):
+    state = released()
+    average = averaged(state)
+    name = "model_ema.diffusion_modeltime_embed0weight"
+    if change == "one is missing":
+        del average[name]
+    elif change == "one alone":
+        average = {name: average[name]}
+    else:
+        average[f"{name}x"] = torch.zeros(1)
+    path = write(state | average)
+    with pytest.raises(WeightsError, match=r"its moving average has \d+ of the network's \d+ tensors.*--weights raw"):
+        read_model(path)
+    assert torch.equal(
+        read_model(path, weights="raw").parts.unet["time_embedding.hidden.weight"],
+        state["model.diffusion_model.time_embed.0.weight"],
+    )
+
+
+YAML = (
+    "model:\n  target: lvdm.models.ddpm3d.LatentDiffusion\n  params:\n    linear_start: 0.00085\n"
+    "    linear_end: 0.012\n    timesteps: 1000\n    use_scale: true\n    scale_b: 0.7\n    unet_config:\n"
+    "      params: {model_channels: 32, channel_mult: [1, 2], use_causal_attention: true, use_checkpoint: true}\n"
+)
+
+
 def test_a_yaml_file_says_what_shapes_do_not(write, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(
-        "model:\n  target: lvdm.models.ddpm3d.LatentDiffusion\n  params:\n    linear_start: 0.00085\n"
-        "    linear_end: 0.012\n    timesteps: 1000\n    use_scale: true\n    scale_b: 0.7\n    unet_config:\n"
-        "      params: {model_channels: 32, channel_mult: [1, 2], use_causal_attention: true, use_checkpoint: true}\n"
-    )
+    path.write_text(YAML)
     assert read_hyper_parameters(path)["schedule"]["signal_floor"] == 0.7
     found = read_model(write(released()), hyper_parameters=path)
     assert found.parts.config.unet.use_causal_attention
     path.write_text(path.read_text().replace("    use_scale", "    parameterization: v\n    use_scale"))
     with pytest.raises(ConfigError, match="only networks that predict noise"):
         read_hyper_parameters(path)
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Callable[..., Path]:
+    """VideoCrafter's own configuration with words replaced."""
+
+    def yaml(old: str = "", new: str = "") -> Path:
+        assert old in YAML
+        (tmp_path / "config.yaml").write_text(YAML.replace(old, new) if old else YAML)
+        return tmp_path / "config.yaml"
+
+    return yaml
+
+
+def test_where_a_yaml_file_is_silent_the_tables_of_the_file_speak(write, yaml):
+    """Of the signal scaling; without tables, silence means none, as for VideoCrafter."""
+    silent = yaml("    use_scale: true\n    scale_b: 0.7\n")
+    state = released()
+    assert read_model(write(state), hyper_parameters=silent).parts.config.schedule == ScheduleConfig()
+    bare = {name: tensor for name, tensor in state.items() if name not in schedule_buffers(ScheduleConfig())}
+    found = read_model(write(bare), hyper_parameters=silent).parts.config.schedule
+    assert found == ScheduleConfig(signal_scaling=False)
+    assert read_model(write(bare)).parts.config.schedule == ScheduleConfig()
+    assert read_model(write(bare), hyper_parameters=yaml()).parts.config.schedule == ScheduleConfig()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("use_scale: true", "use_scale: false", "signal_scaling=False"),
+        ("scale_b: 0.7", "scale_b: 0.3", r"signal_floor=0\.3"),
+        ("scale_b: 0.7", "mid_step: 300", "signal_knee=300"),
+        ("linear_end: 0.012", "linear_end: 0.02", r"beta_end=0\.02"),
+    ],
+)
+def test_a_yaml_file_that_contradicts_the_tables_of_the_file_is_refused(write, yaml, old, new, words):
+    with pytest.raises(ConfigError, match=rf"the hyper-parameters say .*{words}.*the tables in the file otherwise"):
+        read_model(write(released()), hyper_parameters=yaml(old, new))
+
+
+def test_a_signal_scaling_that_does_not_begin_at_one_is_refused(yaml):
+    with pytest.raises(ConfigError, match=r"scale_a 0\.9"):
+        read_hyper_parameters(yaml("scale_b: 0.7", "scale_a: 0.9"))
+    assert read_hyper_parameters(yaml("scale_b: 0.7", "scale_a: 1.0"))["schedule"]["signal_floor"] == 0.3
+
+
+def test_hyper_parameters_are_used_or_refused(write, yaml, tmp_path):
+    """Where the configuration is known already, they would have no effect."""
+    source = write(released())
+    path = yaml()
+    assert read_model(source, hyper_parameters=path).parts.config.unet.use_causal_attention
+    forms: dict[str, Form] = {
+        "noted.safetensors": "released",
+        "ours": "vc2",
+        "sd.ckpt": "sd-ldm",
+        "sd": "sd-diffusers",
+    }
+    for name, form in forms.items():
+        write_model(read_model(source), tmp_path / name, form)
+        with pytest.raises(ConfigError, match=r"--hyper-parameters belongs to released checkpoints"):
+            read_model(tmp_path / name, hyper_parameters=path)
+
+
+@pytest.mark.parametrize("note", ['{"unet": {"no_such_option": 1}}', "{not json", "[]"])
+def test_a_note_of_another_version_is_an_error_and_not_none(tmp_path, note):
+    """What it says shows nowhere else: schedule, frame rates, groups of the norms."""
+    save_file(released(), tmp_path / "model.safetensors", {"vc2": note})
+    with pytest.raises(WeightsError, match=r"the note 'vc2' in it does not fit this version of vc2"):
+        read_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "schedule",
+    [ScheduleConfig(), ScheduleConfig(signal_floor=0.3), ScheduleConfig(signal_scaling=False)],
+    ids=["0.7", "0.3", "none"],
+)
+def test_a_released_schedule_is_exactly_itself_in_tables_of_any_type(write, dtype, schedule):
+    """Pruned files hold all their tensors in half precision."""
+    names = set(schedule_buffers(ScheduleConfig()))
+    state = {name: tensor for name, tensor in released().items() if name not in names} | schedule_buffers(schedule)
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    found = read_model(write(state))
+    assert found.parts.config.schedule == schedule
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_unusual_schedule_is_read_off_its_tables(write, dtype):
+    schedule = ScheduleConfig(beta_end=0.02, signal_floor=0.5, signal_knee=300)
+    state = released() | {name: tensor.to(dtype) for name, tensor in schedule_buffers(schedule).items()}
+    found = read_model(write(state)).parts.config.schedule
+    assert found.beta_end == pytest.approx(0.02, rel=1e-3) and found.beta_start == pytest.approx(0.00085, rel=1e-3)
+    assert (found.signal_floor, found.signal_knee, found.signal_scaling) == (0.5, 300, True)
+
+
+def test_a_signal_scaling_of_another_kind_is_refused(write):
+    state = released()
+    state["scale_arr"] = state["scale_arr"] ** 2
+    with pytest.raises(WeightsError, match="its signal scaling does not fall linearly"):
+        read_model(write(state))
+
+
+def test_the_coarse_image_encoder_is_read_off_its_tensors(write):
+    """Tokens from the one vector for the whole picture, without a resampler."""
+    coarse = ImageConfig(tower=IMAGE.tower, resampler=ResamplerConfig(num_queries=4, output_dim=64), finegrained=False)
+    state = released(UNET.evolve(use_image_attention=True))
+    encoder = ImageEncoder(coarse)
+    state |= {f"embedder.model.visual.{name}": tensor for name, tensor in encoder.tower.state_dict().items()}
+    state |= {f"image_proj_model.{name}": tensor for name, tensor in encoder.resampler.state_dict().items()}
+    found = read_model(write({name: tensor.contiguous() for name, tensor in state.items()})).parts
+    assert found.config.image == coarse
+    again = found.load().image
+    assert again is not None
+    assert_same(again.state_dict(), encoder.state_dict())
 
 
 def test_another_schedule_is_refused(write):

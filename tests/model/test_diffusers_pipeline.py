@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline, TextToVideoSDPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from torch import nn
@@ -35,7 +37,7 @@ from vc2.model.diffusers_pipeline import VideoCrafter2Pipeline, export_full, imp
 from vc2.model.generate import generate_videos
 from vc2.model.image import ImageEncoder
 from vc2.model.lora import add_lora, load_lora, lora_names, merge_lora, save_lora
-from vc2.model.sampler import ClipNoise, sample
+from vc2.model.sampler import ClipNoise, ddim_plan, ddim_step, sample
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.stock import export_stock
 from vc2.model.text import TextEncoder
@@ -134,6 +136,8 @@ def test_every_video_may_have_its_own_frame_rate(model: VideoModel, pipe: VideoC
     assert near(found(fps=8), ours(model, prompts, seeds, 8))
     assert near(found(fps=[8, 24]), ours(model, prompts, seeds, torch.tensor([8, 8, 24, 24])))
     assert near(found(fps=[8, 9, 10, 11]), ours(model, prompts, seeds, torch.tensor([8, 9, 10, 11])))
+    for eight in (np.int64(8), torch.tensor(8), torch.tensor([8]), np.array([8, 8])):
+        assert torch.equal(found(fps=eight), found(fps=8))
     assert torch.equal(found(), found(fps=8))  # what the network was told most
     with pytest.raises(ValueError, match="3 for 4 videos"):
         found(fps=[8, 9, 10])
@@ -221,6 +225,49 @@ def test_a_callback_sees_every_step_and_may_change_what_goes_on(pipe: VideoCraft
     mixed = pipe("a", callback_on_step_end=replace_prompt, callback_on_step_end_tensor_inputs=names, **options).frames
     assert seen == [(number, timestep, names) for number, timestep in enumerate((751, 501, 251, 1))]
     assert not any(torch.allclose(mixed, pipe(prompt, **options).frames) for prompt in ("a", "b"))
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]], ids=len)
+def test_guidance_cut_off_on_the_way_is_a_call_without_it_from_there_on(
+    pipe: VideoCrafter2Pipeline, prompts: list[str]
+) -> None:
+    """By diffusers' own callback, however many prompts; half the work from there on."""
+    kept, asked = {}, []
+
+    def keep(pipe: Any, number: int, timestep: int, tensors: dict) -> dict:
+        kept[number] = tensors["latents"]
+        return {}
+
+    options = {"seed": 0, "output_type": "latent", "eta": 0.0} | SIZE
+    guided = pipe(prompts, callback_on_step_end=keep, **options).frames
+    counting = pipe.unet.register_forward_hook(lambda *_: asked.append(1))
+    cut = pipe(prompts, callback_on_step_end=SDCFGCutoffCallback(None, 2), **options).frames  # pyright: ignore[reportArgumentType]
+    counting.remove()
+    assert len(asked) == 3 * 2 + 1 and pipe.guidance_scale == 0
+    text, _ = pipe.encode_prompt(prompts, "cpu", 1, False)
+    alone = pipe.unet(kept[2], torch.ones(len(prompts)).long(), text, fps=8)
+    (last,) = [step for step in ddim_plan(pipe.scheduler.schedule, 4, 0.0) if step.timestep == 1]
+    assert torch.equal(cut, ddim_step(kept[2], alone, last, None)[0])
+    assert not torch.allclose(cut, guided)
+
+
+def test_features_of_another_shape_are_refused_whatever_a_callback_does(pipe: VideoCrafter2Pipeline) -> None:
+    """One row would be all prompts; a view of what was shown is copied first."""
+
+    def call(change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def callback(pipe: Any, number: int, timestep: int, tensors: dict) -> dict:
+            return {"prompt_embeds": change(tensors["prompt_embeds"])} if number == 0 else {}
+
+        names = ["prompt_embeds"]
+        options = {"seed": [5, 5], "output_type": "latent", "eta": 0.0} | SIZE
+        return pipe(
+            ["a", "b"], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, **options
+        ).frames
+
+    for change in (lambda text: text[:1], lambda text: text[:, :5]):
+        with pytest.raises(ValueError, match="one of every video"):
+            call(change)
+    assert torch.equal(call(lambda text: text[:1].expand(2, -1, -1)), call(lambda text: text[[0, 0]]))
 
 
 def test_an_interrupted_call_gives_what_it_has(pipe: VideoCrafter2Pipeline) -> None:
@@ -500,6 +547,14 @@ def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:
         pipe.load_lora_weights(foreign)
     with pytest.raises(ValueError, match="name one"):
         pipe.save_lora_weights(tmp_path)
+
+
+def test_our_scheduler_steps_in_float32_whatever_it_is_given() -> None:
+    scheduler = VideoCrafter2Scheduler(schedule={})
+    sample, noise = torch.randn(2, 1, 4, 2, 4, 4).half()
+    found = scheduler.step(noise, 981, sample).prev_sample
+    exact = scheduler.step(noise.float(), 981, sample.float()).prev_sample
+    assert found.dtype == torch.float16 and torch.equal(found, exact.half())
 
 
 def test_a_schedule_is_a_component_that_is_saved(tmp_path: Path) -> None:

@@ -246,3 +246,18 @@ def test_what_fails_halfway_leaves_what_was_there(tmp_path):
         published(tmp_path / "file", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "before"
+
+
+def test_a_link_is_written_through(tmp_path):
+    """What it points to is replaced, the link stays, and nothing is left beside it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    published(tmp_path / "link", lambda folder: (folder.mkdir(), (folder / "new").touch()))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "new").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_a_place_below_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match="cannot be written"):
+        published(tmp_path / "file" / "model", lambda folder: folder.mkdir())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vc2.errors import ConfigError
+from vc2.errors import ConfigError, WeightsError
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.bundle import VideoModel
 from vc2.model.config import (
@@ -18,7 +18,15 @@ from vc2.model.config import (
     TextConfig,
     UNetConfig,
 )
-from vc2.model.generate import as_bytes, cautions, check_request, generate_videos, pick_device, size_multiple
+from vc2.model.generate import (
+    as_bytes,
+    cautions,
+    check_request,
+    generate_videos,
+    pick_device,
+    size_multiple,
+    usual_fps,
+)
 from vc2.model.image import ImageEncoder
 from vc2.model.sampler import StepResult, StopSampling, clip_seeds
 from vc2.model.schedule import NoiseSchedule
@@ -149,6 +157,23 @@ def test_what_was_not_trained_is_told() -> None:
     assert said == "fps 28 was never told to this network in training; it knows 8, 9"
 
 
+@pytest.mark.parametrize(
+    ("image", "told", "usual"),
+    [
+        (False, {}, 28),
+        (True, {}, 8),
+        (False, {8: 9, 28: 1}, 28),
+        (True, {8: 1, 28: 9}, 8),
+        (False, {8: 3, 24: 3, 4: 1}, 8),
+        (True, {24: 1}, 24),
+    ],
+)
+def test_the_usual_rate_is_the_released_one_if_it_was_told_else_the_one_told_most(
+    image: bool, told: dict[int, int], usual: int
+) -> None:
+    assert usual_fps(UNetConfig(use_image_attention=image), told) == usual
+
+
 def test_bytes_are_rounded_and_clamped() -> None:
     """-1 is black, 1 is white, what lies beyond is clamped."""
     frames = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).reshape(1, 1, 5, 1, 1).expand(1, 3, 5, 1, 1)
@@ -161,3 +186,10 @@ def test_a_device_is_one_that_is_here() -> None:
     for name in ("meta", "gpu", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device={name}"):
             pick_device(name)
+
+
+def test_latents_that_are_no_numbers_become_no_video(make_model) -> None:
+    model = make_model()
+    torch.nn.init.constant_(model.unet.conv_out.bias, float("nan"))
+    with pytest.raises(WeightsError, match="no numbers: lower the guidance"):
+        generate_videos(model, ["a"], [1], sampler=SAMPLER, **SIZE)

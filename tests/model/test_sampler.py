@@ -115,6 +115,28 @@ def test_without_guidance_the_network_is_called_once_per_step_and_uncond_is_not_
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_guidance_may_change_from_step_to_step():
+    """Every step is one of its own guidance; at 1 the network is asked once."""
+    asked = []
+
+    def unet(latents: Tensor, timesteps: Tensor, text: Tensor, fps: int | None = None) -> Tensor:
+        asked.append(int(timesteps[0]))
+        return latents * text.mean()
+
+    schedule, noise = NoiseSchedule(ScheduleConfig()), torch.randn(1, 4, 1, 2, 2)
+    text, uncond = torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.5)
+    scales = iter([3.0, 1.0])
+    config = SamplerConfig(num_steps=2, eta=0.0)
+    found = sample(unet, schedule, noise, text, uncond, config, guidance_scale=lambda: next(scales))
+    assert asked == [501, 501, 1]
+    first, second = ddim_plan(schedule, 2, 0.0)
+    latents, _ = ddim_step(noise, noise * (0.5 + 3.0 * 0.5), first, None)
+    assert torch.allclose(found, ddim_step(latents, latents, second, None)[0])
+    without = config.evolve(guidance_scale=1.0)
+    with pytest.raises(ConfigError, match="needs the tokens of the empty prompt"):
+        sample(unet, schedule, noise, text, None, without, guidance_scale=lambda: 5.0)
+
+
 def test_what_is_missing_is_said(golden):
     schedule, noise, text = NoiseSchedule(ScheduleConfig()), torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 1, 1, 1, 1)
     with pytest.raises(ConfigError, match="empty prompt"):

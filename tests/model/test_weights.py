@@ -73,6 +73,14 @@ def test_options_left_out_are_read_off_the_tensors(make_unet):
     assert load_released_unet(said, released_state_dict(unet)).config.use_linear is False
 
 
+def test_a_depth_of_the_temporal_transformers_is_taken_where_it_is_that_of_the_spatial_ones(make_unet):
+    unet = make_unet(transformer_depth=2)
+    said = released_hyper_parameters(unet.config) | {"temporal_transformer_depth": 2}
+    assert load_released_unet(said, released_state_dict(unet)).config.transformer_depth == 2
+    del said["transformer_depth"]
+    assert load_released_unet(said, released_state_dict(unet)).config.transformer_depth == 2
+
+
 def test_half_precision_files_load_into_float32(golden):
     recorded = golden("unet/image_t1.npz")
     halves = {name: tensor.half() for name, tensor in recorded.state.items()}
@@ -109,6 +117,7 @@ def test_a_stranger_in_a_whole_checkpoint_is_an_error(golden):
         ({"temporal_selfatt_only": False}, "only temporal_selfatt_only=True"),
         ({"no_such_option": 1}, "not a hyper-parameter"),
         ({"model_channels": 50}, "not divisible into norm_groups"),
+        ({"temporal_transformer_depth": 3}, "one depth for both kinds of transformers"),
     ],
 )
 def test_hyper_parameters_of_another_network_are_refused(golden, change, message):

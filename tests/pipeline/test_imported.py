@@ -194,7 +194,7 @@ def test_what_is_there_is_not_harmed(released, tmp_path, capsys):
         (tmp_path / "mine", "vc2", ["--force"], "holds something else than a model"),
         (tmp_path / "mine", "released", ["--force"], "form released is one file"),
         (tmp_path / "new", "vc2", ["--fps", "8"], "--fps N belongs to the form `diffusers`"),
-        (tmp_path / "new", "diffusers", [], "--fps N belongs to the form `diffusers`"),
+        (tmp_path / "new", "diffusers", [], "say which by --fps N"),
     ):
         arguments = ["convert", str(released), str(destination), "--to", to, *options, "--work", str(tmp_path / "work")]
         assert main(arguments) == 1, words

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from vc2.artifacts import Artifact, FileEntry, Manifest, commit, put_file, put_object
 from vc2.cli import main
-from vc2.data.decode import read_comment, read_video
+from vc2.data.decode import encode_video, read_comment, read_video
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.bundle import VideoModel
 from vc2.model.config import (
@@ -20,15 +21,18 @@ from vc2.model.config import (
     LoraConfig,
     ModelConfig,
     ResamplerConfig,
+    SamplerConfig,
     TextConfig,
     UNetConfig,
 )
+from vc2.model.diffusers_pipeline import VideoCrafter2Pipeline
 from vc2.model.image import ImageEncoder
 from vc2.model.lora import add_lora, merge_lora, save_lora
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
 from vc2.model.weights import save_unet
+from vc2.pipeline.sample import LoadedModel, SampleRequest, load_files, sample_videos
 from vc2.storage import LocalStore
 
 CONFIG = ModelConfig(
@@ -193,16 +197,61 @@ def test_what_was_not_trained_is_noted(
     assert len(notes) == 2 and "2 frames from a network trained on 3" in notes[0] and "fps 28" in notes[1]
 
 
+IMAGE = ImageConfig(
+    tower=ImageTowerConfig(width=16, heads=2, layers=1, image_size=28, patch_size=14, output_dim=8),
+    resampler=ResamplerConfig(dim=16, depth=1, heads=2, dim_head=8, num_queries=3, embedding_dim=16, output_dim=16),
+)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "L", "P", "turned"])
+def test_a_picture_of_any_kind_and_shape_shows_what_our_pipeline_of_diffusers_makes_of_it(
+    tmp_path: Path, kind: str
+) -> None:
+    """Whole, stretched to the size of the video, the right way up."""
+    model = make_model(CONFIG.evolve(unet=CONFIG.unet.evolve(use_image_attention=True), image=IMAGE))
+    assert model.image is not None
+    for parameter in model.image.parameters():
+        parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    left, right = np.full((40, 50, 4), 255, np.uint8), np.zeros((40, 50, 4), np.uint8)
+    picture, exif = Image.fromarray(np.concatenate([left, right], axis=1)), Image.Exif()
+    exif[0x0112] = 6 if kind == "turned" else 1  # turned: a quarter to the right
+    picture.convert("RGB" if kind == "turned" else kind).save(tmp_path / "a.png", exif=exif)
+    Image.new("RGB", (100, 40), "white").save(tmp_path / "white.png")
+    request = SampleRequest(
+        prompts=("a",) * 2, images=(str(tmp_path / "a.png"), str(tmp_path / "white.png")), seed=7, fps=8,
+        sampler=SamplerConfig(num_steps=2, guidance_scale=2.0),
+    )  # fmt: skip
+    loaded = LoadedModel(model, "here", "raw", frames=2, width=24, height=16)
+    sample_videos(loaded, request, [tmp_path / "0.mp4", tmp_path / "1.mp4"], "mp4")
+    pipe = VideoCrafter2Pipeline.from_model(model)
+    pipe.set_progress_bar_config(disable=True)
+    frames: Any = pipe("a", 16, 24, 2, 2, 2.0, image=Image.open(tmp_path / "a.png"), seed=7, fps=8).frames  # pyright: ignore[reportAttributeAccessIssue]
+    as_bytes = (frames[0] * 255).round().astype(np.uint8)
+    (tmp_path / "pipe.mp4").write_bytes(encode_video(as_bytes, 10, "mp4"))
+    ours, white, theirs = (read_video(tmp_path / f"{name}.mp4")[0].astype(int) for name in ("0", "1", "pipe"))
+    assert abs(ours - theirs).max() <= 3 < abs(ours - white).max()
+
+
+def test_updates_are_laid_over_once_however_often_a_model_is_sampled(tmp_path: Path) -> None:
+    model, config = make_model(), LoraConfig(rank=2)
+    model.save(tmp_path / "model")
+    for name in add_lora(model.unet, config, "all"):
+        torch.nn.init.normal_(model.unet.get_parameter(name), std=0.2)
+    save_lora(model.unet, tmp_path / "lora.safetensors", config)
+    loaded = load_files(tmp_path / "model", lora=str(tmp_path / "lora.safetensors"))
+    request = SampleRequest(prompts=("a",), width=16, height=16, sampler=SamplerConfig(num_steps=1))
+    files = [tmp_path / "0.mp4", tmp_path / "1.mp4"]
+    made = [sample_videos(loaded, request, [file], "mp4")[0] for file in files]
+    assert {settings["lora"] for settings in made} == {"lora.safetensors"}
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_an_image_to_video_model_is_shown_an_image_from_a_folder_as_from_a_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And says so if there is none, or none that can be read."""
-    image = ImageConfig(
-        tower=ImageTowerConfig(width=16, heads=2, layers=1, image_size=28, patch_size=14, output_dim=8),
-        resampler=ResamplerConfig(dim=16, depth=1, heads=2, dim_head=8, num_queries=3, embedding_dim=16, output_dim=16),
-    )
     unet = CONFIG.unet.evolve(use_image_attention=True)
-    make_model(CONFIG.evolve(unet=unet, image=image)).save(tmp_path / "model")
+    make_model(CONFIG.evolve(unet=unet, image=IMAGE)).save(tmp_path / "model")
     common = ["a ball", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "a.mp4"), "--size", "16x16"]
     videos = []
     for name, level in (("light.png", 240), ("dark.jpg", 10)):
@@ -217,7 +266,7 @@ def test_an_image_to_video_model_is_shown_an_image_from_a_folder_as_from_a_store
     for path in sorted((tmp_path / "model").iterdir()):
         entry = put_object(store, path, path.name)
         files += [entry, entry.evolve(name="unet_ema.safetensors")] if path.name == "unet.safetensors" else [entry]
-    config = {"model": CONFIG.evolve(unet=unet, image=image).model_dump(mode="json")}
+    config = {"model": CONFIG.evolve(unet=unet, image=IMAGE).model_dump(mode="json")}
     stored = commit(store, "runs/imported/x/checkpoints/00000000", Manifest(
         kind="checkpoint", stage="imported", stage_version=1, fingerprint="x", config=config, inputs={},
         files=tuple(files),

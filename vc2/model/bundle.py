@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from vc2.artifacts import FileEntry, Manifest
 from vc2.errors import StoreError, WeightsError
@@ -31,7 +32,7 @@ from vc2.model.image import TOWER_PREFIX, ImageEncoder
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
-from vc2.model.weights import fill_unet, part_of_checkpoint, resampler_to_released, text_from_clip
+from vc2.model.weights import check_unet, fill_unet, part_of_checkpoint, resampler_to_released, text_from_clip
 from vc2.pretrained import resolve
 from vc2.storage import Store
 
@@ -40,6 +41,7 @@ __all__ = [
     "Parts",
     "VideoModel",
     "Weights",
+    "image_to_released",
     "is_bundle",
     "read_model_json",
     "text_tower",
@@ -118,7 +120,7 @@ class Parts:
             unet=Tensors.of(model.unet.state_dict(), "denoising network"),
             autoencoder=Tensors.of(model.autoencoder.net.state_dict(), "autoencoder"),
             text=Tensors.of(model.text.tower.state_dict(), "text tower") if model.config.text.seed is None else None,
-            image=None if model.image is None else _released_image(model.image),
+            image=None if model.image is None else image_to_released(model.image.state_dict()),
             fps=model.fps,
         )
 
@@ -135,10 +137,11 @@ class Parts:
         def part(name: str) -> Tensors | None:
             return open_weights(folder / name) if (folder / name).is_file() else None
 
-        unet = part(_UNET_EMA) if weights == "ema" else None
+        unet = (part(_UNET_EMA) if weights == "ema" else None) or open_weights(folder / _UNET)
+        check_unet(config.unet, unet)
         return cls(
             config=config,
-            unet=unet or open_weights(folder / _UNET),
+            unet=unet,
             autoencoder=part(_AUTOENCODER),
             text=part(_TEXT),
             image=part(_IMAGE),
@@ -171,7 +174,7 @@ class Parts:
         def part(name: str) -> Tensors | None:
             return open_weights(_fetched(store, entries[name], cache)) if name in entries else None
 
-        rates = json.loads(store.read(entries[MODEL_FILE].key)).get("fps", {}) if MODEL_FILE in entries else {}
+        fps = read_model_json(_fetched(store, entries[MODEL_FILE], cache))[1] if MODEL_FILE in entries else {}
         return cls(
             config=config,
             unet=open_weights(_fetched(store, manifest.file(_UNET_EMA if weights == "ema" else _UNET), cache)),
@@ -179,7 +182,7 @@ class Parts:
             text=part(_TEXT),
             image=part(_IMAGE),
             buffers=part(_BUFFERS) or Tensors({}),
-            fps={int(rate): weight for rate, weight in rates.items()},
+            fps=fps,
         )
 
     def write(self, folder: str | Path) -> None:
@@ -258,17 +261,27 @@ class Parts:
         return TextEncoder.from_released(config.text, text_tower(path))
 
 
-def _released_image(image: ImageEncoder) -> Tensors:
-    tower = {TOWER_PREFIX + name: tensor for name, tensor in image.tower.state_dict().items()}
-    resampler = resampler_to_released(image.resampler.state_dict()).renamed(lambda name: f"image_proj_model.{name}")
-    return Tensors.of(tower, "image encoder") | resampler
+def image_to_released(state: Mapping[str, Tensor]) -> Tensors:
+    """Tensors of an `ImageEncoder` under released names; none is read."""
+    tensors = Tensors.of(state, "image encoder")
+
+    def part(prefix: str) -> Tensors:
+        return tensors.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+
+    tower = part("tower.").renamed(lambda name: TOWER_PREFIX + name)
+    return tower | resampler_to_released(part("resampler.")).renamed(lambda name: f"image_proj_model.{name}")
 
 
 def _fetched(store: Store, entry: FileEntry, cache: Path) -> Path:
     path = cache / f"{entry.sha256}.safetensors"
     if not path.is_file() or path.stat().st_size != entry.size:
-        cache.mkdir(parents=True, exist_ok=True)
-        store.download(entry.key, path, sha256=entry.sha256)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            store.download(entry.key, path, sha256=entry.sha256)
+        except KeyError:
+            raise StoreError(f"{store.uri}/{entry.key} ({entry.name} of a checkpoint) is gone; make it again") from None
+        except OSError as error:
+            raise StoreError(f"{cache}: cannot be written ({error.strerror}); choose another --work") from None
     return path
 
 
@@ -293,7 +306,7 @@ def read_model_json(path: Path) -> tuple[ModelConfig, dict[int, int]]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise WeightsError(f"{path}: {where}: {first['msg']}; it was written by another version") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: not a model.json ({error})") from None
 
 

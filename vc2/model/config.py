@@ -132,7 +132,7 @@ class SamplerConfig(Config):
 
     solver: Literal["ddim", "dpm++"] = "ddim"  # dpm++: DPM-Solver++(2M), of second order, without noise
     num_steps: int = Field(50, gt=0)
-    guidance_scale: float = Field(12.0, ge=0)  # 1: no guidance, one network call per step
+    guidance_scale: float = Field(12.0, ge=0, le=1e4)  # 1: no guidance, one network call per step
     guidance_rescale: float = Field(0.0, ge=0, le=1)  # share of the guided prediction brought back to its usual spread
     eta: float = Field(1.0, ge=0, le=1)  # of ddim; 0: deterministic, 1: as much fresh noise as ancestral sampling
     fps: int = Field(28, ge=0)  # the frame rate told to the network

@@ -1,4 +1,4 @@
-"""The same model in every form that the world keeps it in, and from each to the others, bit for bit.
+"""The same model in every form that the world keeps it in, and from each to the others.
 
     vc2               a folder of our own names (`vc2/model/bundle.py`)
     released          one file as VideoCrafter was released: network, autoencoder, text tower, tables of the schedule
@@ -7,8 +7,10 @@
     diffusers         a video pipeline of diffusers as it is shipped, at one frame rate (`vc2/model/stock.py`)
     diffusers-full    our own pipeline as a folder of diffusers (`vc2/model/diffusers_pipeline.py`)
 
-A source is recognised by what lies in it; no hyper-parameters need be told for the released networks. Between the first
-four forms tensors are renamed and copied one by one: values and types stay as they are.
+A source is recognised by what lies in it; no hyper-parameters need be told for the released networks. Values and types
+of tensors stay as they are, bit for bit, in what a form holds: the whole model in `vc2`, `released` and
+`diffusers-full`, the spatial part in the two of Stable Diffusion, in `diffusers` the network at the one frame rate. All
+are read tensor by tensor; for the last two the whole model is put together in memory, to be written.
 """
 
 import json
@@ -24,7 +26,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vc2.errors import ConfigError, WeightsError
-from vc2.model.bundle import Parts, VideoModel, Weights, is_bundle, text_tower
+from vc2.model.bundle import Parts, VideoModel, Weights, image_to_released, is_bundle, text_tower
 from vc2.model.config import (
     AutoencoderConfig,
     ImageConfig,
@@ -47,6 +49,8 @@ from vc2.model.weights import (
     autoencoder_to_released,
     config_from_released,
     config_of_image_network,
+    fill_unet,
+    looks_like_noise_prediction,
     part_of_checkpoint,
     spatial_from_sd,
     spatial_to_sd,
@@ -58,6 +62,8 @@ __all__ = [
     "FORMS",
     "Form",
     "Found",
+    "answers_with_noise",
+    "check_unneeded",
     "grown",
     "load_model",
     "parameter_counts",
@@ -104,7 +110,7 @@ def load_model(place: str | Path, *, weights: Weights = "ema", hyper_parameters:
 
 
 def read_model(place: str | Path, *, weights: Weights = "ema", hyper_parameters: Path | None = None) -> Found:
-    """What a folder or file holds; of the first four forms no tensor is read yet.
+    """What a folder or file holds; no tensor is read yet, but for text towers under transformers' names.
 
     Raises:
         WeightsError: If it is none of the forms, or its tensors do not fit together.
@@ -113,10 +119,21 @@ def read_model(place: str | Path, *, weights: Weights = "ema", hyper_parameters:
     path = Path(place)
     if path.is_dir():
         if is_bundle(path):
+            check_unneeded(hyper_parameters, f"{path}: a model in vc2's own form")
             return Found("vc2", "a model in vc2's own form", Parts.read(path, weights=weights))
         if kind := _pipeline_class(path):
+            check_unneeded(hyper_parameters, f"{path}: a {kind} of diffusers")
             return _read_pipeline(path, kind)
     return recognise_tensors(open_weights(path), weights=weights, hyper_parameters=hyper_parameters)
+
+
+def check_unneeded(hyper_parameters: Path | None, what: str) -> None:
+    """Raise `ConfigError` if hyper-parameters are given to a source that has no use for them."""
+    if hyper_parameters is not None:
+        raise ConfigError(
+            f"{what}, which is described without {hyper_parameters}; --hyper-parameters belongs to released "
+            "checkpoints that carry no note of vc2's: leave it out"
+        )
 
 
 def _pipeline_class(folder: Path) -> str:
@@ -132,13 +149,13 @@ def _pipeline_class(folder: Path) -> str:
 
 def _read_pipeline(folder: Path, kind: str) -> Found:
     if kind == "TextToVideoSDPipeline":
-        from vc2.model.stock import import_stock
+        from vc2.model.stock import read_stock
 
-        return Found("diffusers", "a video pipeline of diffusers", Parts.of(import_stock(folder)))
+        return Found("diffusers", "a video pipeline of diffusers", read_stock(folder))
     if kind == "VideoCrafter2Pipeline":
-        from vc2.model.diffusers_pipeline import import_full
+        from vc2.model.diffusers_pipeline import read_full
 
-        return Found("diffusers-full", "a VideoCrafter2Pipeline", Parts.of(import_full(folder)))
+        return Found("diffusers-full", "a VideoCrafter2Pipeline", _with_rest(read_full(folder), folder))
     if kind in ("StableDiffusionPipeline", "UNet2DConditionModel", "StableDiffusionImg2ImgPipeline"):
         return _read_sd_folder(folder)
     raise WeightsError(f"{folder}: a {kind} of diffusers; expected TextToVideoSDPipeline or StableDiffusionPipeline")
@@ -151,8 +168,8 @@ def recognise_tensors(tensors: Tensors, *, weights: Weights = "ema", hyper_param
         tensors = _averaged(tensors)
     found = recognise(tensors)
     if found.family == "video":
-        told = read_hyper_parameters(hyper_parameters) if hyper_parameters else {}
-        return Found("released", found.words, _released_parts(tensors, told))
+        return Found("released", found.words, _released_parts(tensors, hyper_parameters))
+    check_unneeded(hyper_parameters, f"{tensors.what}: {found.sentence}")
     if found.family == "image":
         noted = _noted(tensors)
         config = noted[0] if noted else ModelConfig(unet=config_of_image_network(tensors))
@@ -164,26 +181,41 @@ def recognise_tensors(tensors: Tensors, *, weights: Weights = "ema", hyper_param
     raise WeightsError(f"{tensors.what}: {found.sentence}; expected one of the forms {', '.join(FORMS)}")
 
 
+_EMA = "model_ema."
+_EMA_COUNTERS = {"decay", "num_updates"}
+
+
 def _averaged(tensors: Tensors) -> Tensors:
-    """The moving average in place of the raw weights, where a file of LDM has both; its names have lost their dots."""
-    flat = {name.removeprefix("model_ema."): name for name in tensors if name.startswith("model_ema.")}
-    averages = {}
-    for name in tensors:
-        if name.startswith(UNET_PREFIX):
-            short = name.removeprefix("model.").replace(".", "")
-            if short in flat:
-                averages[name] = tensors.stored[flat[short]]
-    return tensors | Tensors(averages)
+    """The moving average in place of the raw weights, where a file of LDM has both; its names have lost their dots.
+
+    Raises:
+        WeightsError: If only some of the network is averaged: a mixture of both is no network.
+    """
+    flat = {name.removeprefix(_EMA): name for name in tensors if name.startswith(_EMA)}
+    flat = {short: name for short, name in flat.items() if short not in _EMA_COUNTERS}
+    raw = {name.removeprefix("model.").replace(".", ""): name for name in tensors if name.startswith(UNET_PREFIX)}
+    if not flat or not raw:
+        return tensors
+    if flat.keys() != raw.keys():
+        strange = sorted(flat.keys() ^ raw.keys())[0]
+        raise WeightsError(
+            f"{tensors.what}: its moving average has {len(flat.keys() & raw.keys())} of the network's {len(raw)} "
+            f"tensors and {len(flat.keys() - raw.keys())} others ({strange} is in one of the two alone); take the raw "
+            "weights: --weights raw"
+        )
+    return tensors | Tensors({name: tensors.stored[flat[short]] for short, name in raw.items()})
 
 
-def _released_parts(tensors: Tensors, told: Mapping[str, Any]) -> Parts:
+def _released_parts(tensors: Tensors, hyper_parameters: Path | None) -> Parts:
     noted = _noted(tensors)
     if noted is None:
+        told = read_hyper_parameters(hyper_parameters) if hyper_parameters else {}
         network = part_of_checkpoint(tensors, UNET_PREFIX)
         unet = config_from_released(told.get("unet", {}), network)
-        config = ModelConfig(unet=unet, schedule=_schedule_of(tensors, unet, told.get("schedule", {})))
+        config = ModelConfig(unet=unet, schedule=_schedule_of(tensors, unet, told.get("schedule")))
         fps = {}
     else:
+        check_unneeded(hyper_parameters, f"{tensors.what}: a file with a note of vc2's")
         config, fps = noted
     return replace(_with_frozen_parts(tensors, config, unet_from_released), fps=fps)
 
@@ -234,6 +266,26 @@ def _read_sd_folder(folder: Path) -> Found:
     return Found("sd-diffusers", words, Parts(config, spatial, autoencoder, text, None, buffers), is_image_network=True)
 
 
+def _with_rest(parts: Parts, folder: Path) -> Parts:
+    """The parts of a folder of our pipeline with what diffusers has no place for, where `write_model` left it there."""
+    if not (folder / _REST).is_file():
+        return parts
+    rest, config = open_weights(folder / _REST), parts.config
+    if noted := _noted(rest):
+        config = noted[0].evolve(
+            unet=config.unet, schedule=config.schedule, autoencoder=config.autoencoder, image=config.image
+        )
+    unused = _below(rest, "cond_stage_model.model.")
+    image = rest.renamed(lambda name: name if name.startswith(("embedder.", "image_proj_model.")) else None)
+    return replace(
+        parts,
+        config=config,
+        text=None if config.text.seed is not None or parts.text is None else parts.text | unused,
+        image=None if parts.image is None else parts.image | image,
+        buffers=rest.renamed(lambda name: name if name in SCHEDULE_BUFFERS or name == "lvlb_weights" else None),
+    )
+
+
 def _told_by_diffusers(folder: Path) -> dict[str, Any]:
     """What the configuration of an image network of diffusers says that its shapes do not."""
     path = next((path for path in (folder / "unet" / "config.json", folder / "config.json") if path.is_file()), None)
@@ -263,6 +315,19 @@ def grown(parts: Parts) -> Parts:
     return replace(parts, unet=unet)
 
 
+def answers_with_noise(parts: Parts) -> bool:
+    """Whether the spatial part of a network, run as the image network that it is, seems to predict noise.
+
+    The temporal modules stay unmade: one added to an image network changes nothing yet.
+    """
+    image_network = parts.config.unet.evolve(
+        temporal_conv=False, temporal_attention=False, addition_attention=False, fps_cond=False,
+        use_image_attention=False,
+    )  # fmt: skip
+    spatial = parts.unet.renamed(lambda name: name if group_of(name) == "spatial" else None)
+    return looks_like_noise_prediction(fill_unet(image_network, spatial, what=parts.unet.what))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What shapes and buffers tell of the parts around the network
 
@@ -274,12 +339,26 @@ def _note(parts: Parts) -> dict[str, str]:
 
 
 def _noted(tensors: Tensors) -> tuple[ModelConfig, dict[int, int]] | None:
+    """Configuration and frame rates as our note in a file says; None without a note.
+
+    Raises:
+        WeightsError: If there is a note and it cannot be read: what it says shows nowhere else.
+    """
+    if _NOTE not in tensors.metadata:
+        return None
     try:
         described = json.loads(tensors.metadata[_NOTE])
         fps = {int(rate): int(weight) for rate, weight in described.pop("fps", {}).items()}
         return ModelConfig.model_validate(described), fps
-    except (KeyError, ValueError, AttributeError):
-        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (ValueError, AttributeError, TypeError) as error:
+        reason = str(error)
+    raise WeightsError(
+        f"{tensors.what}: the note {_NOTE!r} in it does not fit this version of vc2 ({reason}); convert it with the "
+        "version that wrote it, or write the file anew without the note"
+    )
 
 
 def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
@@ -305,45 +384,100 @@ def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path}: rescale_betas_zero_snr: DynamiCrafter's schedule, which this project does not have")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "timesteps": "num_timesteps"}
     schedule = {ours: params[theirs] for theirs, ours in names.items() if theirs in params}
-    schedule["signal_scaling"] = bool(params.get("use_scale", False))
-    if schedule["signal_scaling"]:
+    if "use_scale" in params:
+        schedule["signal_scaling"] = bool(params["use_scale"])
+    if schedule.get("signal_scaling"):
+        if (start := params.get("scale_a", 1)) != 1:
+            raise ConfigError(f"{path}: scale_a {start}; the signal scaling of this project falls from 1, to scale_b")
         schedule |= {"signal_floor": params.get("scale_b", 0.3), "signal_knee": params.get("mid_step", 400)}
     return {"unet": unet, "schedule": schedule}
 
 
-def _schedule_of(tensors: Tensors, unet: UNetConfig, told: Mapping[str, Any]) -> ScheduleConfig:
-    """The noise schedule: as told, else as the checkpoint's tables say, else as networks of this shape were released.
+# How far a table may be from what it was made from, relative, by the type it is stored in.
+_ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_ROUNDING_ELSE = 1e-4
+
+
+def _schedule_of(tensors: Tensors, unet: UNetConfig, told: Mapping[str, Any] | None) -> ScheduleConfig:
+    """The noise schedule: as the checkpoint's tables say, and hyper-parameters (None: not given) that agree with them.
+
+    Without tables the hyper-parameters alone say it; without either it is that with which networks of this shape were
+    released.
 
     Raises:
+        ConfigError: If hyper-parameters and tables contradict each other.
         WeightsError: If the tables are those of another kind of schedule.
     """
-    # Signal scaling came with the frame-rate input; the 1024 model of VideoCrafter1 goes down to 0.3.
-    scaling: dict[str, Any] = {"signal_scaling": unet.fps_cond}
-    if unet.fps_cond:
-        scaling["signal_floor"] = 0.3 if unet.use_relative_position else 0.7
-    if "betas" in tensors:
-        betas = tensors["betas"].double()
-        if float(betas[-1]) > 0.9:
-            raise WeightsError(
-                f"{tensors.what}: its schedule ends in pure noise (zero terminal SNR), as DynamiCrafter's does, whose "
-                "networks predict velocity; give a VideoCrafter checkpoint"
-            )
-        start, end = (round(float(beta), 8) for beta in (betas[0], betas[-1]))
-        scaling |= {"num_timesteps": len(betas), "beta_start": start, "beta_end": end, "signal_scaling": False}
-    if "scale_arr" in tensors:
-        table = tensors["scale_arr"].double()
-        floor = round(float(table[-1]), 6)
-        knee = int((table > table[-1]).sum()) + 1
-        scaling |= {"signal_scaling": floor < 1, "signal_floor": floor} | ({"signal_knee": knee} if floor < 1 else {})
+    tables = Tensors.of({name: tensors[name] for name in ("betas", "scale_arr") if name in tensors}, tensors.what)
+    if "betas" in tables and float(tables["betas"][-1]) > 0.9:
+        raise WeightsError(
+            f"{tensors.what}: its schedule ends in pure noise (zero terminal SNR), as DynamiCrafter's does, whose "
+            "networks predict velocity; give a VideoCrafter checkpoint"
+        )
+    found = _schedule_in(tables) if tables else _released_schedule(unet)
+    if not tables and told is not None:
+        found = found.evolve(signal_scaling=False)  # VideoCrafter's own default where a YAML file says nothing
     try:
-        config = ScheduleConfig.model_validate(scaling | dict(told))
+        config = ScheduleConfig.model_validate(found.model_dump() | dict(told or {}))
     except ValidationError as error:
-        raise WeightsError(f"{tensors.what}: no schedule of this kind: {error.errors()[0]['msg']}") from None
-    if "betas" in tensors:
-        found, expected = tensors["betas"].double(), NoiseSchedule(config).betas
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0):
-            raise WeightsError(f"{tensors.what}: the roots of its betas do not rise linearly; vc2 has no such schedule")
+        raise ConfigError(f"{tensors.what}: no schedule of this kind: {error.errors()[0]['msg']}") from None
+    if _misfit(tables, config):
+        if wrong := _misfit(tables, found):
+            raise WeightsError(f"{tensors.what}: {wrong}; vc2 has no such schedule")
+        said = ", ".join(f"{name}={value}" for name, value in (told or {}).items() if getattr(found, name) != value)
+        raise ConfigError(f"{tensors.what}: the hyper-parameters say {said}, the tables in the file otherwise: "
+                          "leave these out, or give the YAML file of this checkpoint")  # fmt: skip
     return config
+
+
+def _released_schedule(unet: UNetConfig) -> ScheduleConfig:
+    # Signal scaling came with the frame-rate input; the 1024 model of VideoCrafter1 goes down to 0.3.
+    floor = 0.3 if unet.fps_cond and unet.use_relative_position else 0.7
+    return ScheduleConfig(signal_scaling=unet.fps_cond, signal_floor=floor)
+
+
+def _schedule_in(tables: Tensors) -> ScheduleConfig:
+    """What the tables say: exactly one of the released schedules where they fit it within their rounding."""
+    usual = ScheduleConfig()
+    scaled = (usual, usual.evolve(signal_floor=0.3)) if "scale_arr" in tables else ()
+    for known in (*scaled, usual.evolve(signal_scaling=False)):
+        if not _misfit(tables, known):
+            return known
+    read: dict[str, Any] = {"signal_scaling": False}
+    if "betas" in tables:
+        betas = tables["betas"].double()
+        # The betas may be the usual ones where the signal scaling is not.
+        if _misfit(Tensors.of({"betas": tables["betas"]}), usual.evolve(signal_scaling=False)):
+            start, end = (round(float(beta), 8) for beta in (betas[0], betas[-1]))
+            read |= {"num_timesteps": len(betas), "beta_start": start, "beta_end": end}
+    if "scale_arr" in tables:
+        table = tables["scale_arr"].double()
+        floor, steps = round(float(table[-1]), 6), read.get("num_timesteps", usual.num_timesteps)
+        knee = min(int((table > table[-1]).sum()) + 1, steps)
+        if floor < 1:
+            read |= {"signal_scaling": True, "signal_floor": floor, "signal_knee": max(knee, 2)}
+    try:
+        return usual.evolve(**read)
+    except ValidationError as error:
+        raise WeightsError(f"{tables.what}: no schedule of this kind: {error.errors()[0]['msg']}") from None
+
+
+def _misfit(tables: Tensors, config: ScheduleConfig) -> str:
+    """How the tables of a checkpoint are not those of a schedule; empty if they are, within their rounding."""
+    schedule = NoiseSchedule(config)
+    for name, expected, words in (
+        ("betas", schedule.betas, "the roots of its betas do not rise linearly"),
+        ("scale_arr", schedule.signal_scale, "its signal scaling does not fall linearly from 1 to a floor"),
+    ):
+        if name not in tables:
+            continue
+        stored = tables[name]
+        # The released table of the scaling goes on beyond the last timestep; that is never read.
+        found = stored[: len(expected)] if name == "scale_arr" else stored
+        rounding = _ROUNDING.get(stored.dtype, _ROUNDING_ELSE)
+        if found.shape != expected.shape or not torch.allclose(found.double(), expected, rtol=rounding, atol=0):
+            return words
+    return ""
 
 
 def _autoencoder_of(shapes: Mapping[str, tuple[int, ...]], default: AutoencoderConfig) -> AutoencoderConfig:
@@ -386,17 +520,22 @@ def _image_of(shapes: Mapping[str, tuple[int, ...]]) -> ImageConfig:
     try:
         width, _, patch, _ = shapes[f"{tower}conv1.weight"]
         places = shapes[f"{tower}positional_embedding"][0] - 1
+        shape = ImageTowerConfig(
+            width=width,
+            heads=max(1, width // 80),
+            layers=len({name.split(".")[5] for name in shapes if name.startswith(f"{tower}transformer.")}),
+            image_size=patch * math.isqrt(places),
+            patch_size=patch,
+            output_dim=shapes[f"{tower}proj"][1],
+        )
+        if coarse := shapes.get(f"{resampler}proj.weight"):
+            (output_dim,) = shapes[f"{resampler}norm.weight"]
+            few = ResamplerConfig(num_queries=coarse[0] // output_dim, output_dim=output_dim)
+            return ImageConfig(tower=shape, resampler=few, finegrained=False)
         queries, dim = shapes[f"{resampler}latents"][1:]
         depth = len({name.split(".")[2] for name in shapes if name.startswith(f"{resampler}layers.")})
         return ImageConfig(
-            tower=ImageTowerConfig(
-                width=width,
-                heads=max(1, width // 80),
-                layers=len({name.split(".")[5] for name in shapes if name.startswith(f"{tower}transformer.")}),
-                image_size=patch * math.isqrt(places),
-                patch_size=patch,
-                output_dim=shapes[f"{tower}proj"][1],
-            ),
+            tower=shape,
             resampler=ResamplerConfig(
                 dim=dim,
                 depth=depth,
@@ -461,7 +600,9 @@ def write_model(found: Found, destination: str | Path, form: Form, *, fps: int |
         WeightsError: If a part that the form needs is missing, or the place cannot be written.
     """
     path = Path(destination)
-    if (form == "diffusers") != (fps is not None):
+    if form == "diffusers" and fps is None:
+        raise ConfigError("the form `diffusers` holds one frame rate: say which by --fps N")
+    if form != "diffusers" and fps is not None:
         raise ConfigError("--fps N belongs to the form `diffusers`, which holds one frame rate, and to no other")
     if form in ("sd-ldm", "sd-diffusers"):
         spatial = found.parts.unet.renamed(lambda name: name if group_of(name) == "spatial" else None)
@@ -472,8 +613,6 @@ def write_model(found: Found, destination: str | Path, form: Form, *, fps: int |
             published(path, lambda folder: _write_sd_folder(parts, folder))
         return
     parts = grown(found.parts) if found.is_image_network else found.parts
-    types = {stored.dtype for stored in found.parts.unet.stored.values()}
-    dtype = types.pop() if len(types) == 1 else None
     if form == "vc2":
         parts.write(path)
     elif form == "released":
@@ -482,13 +621,46 @@ def write_model(found: Found, destination: str | Path, form: Form, *, fps: int |
         from vc2.model.stock import export_stock
 
         assert fps is not None
-        model, rate = parts.load(), fps
-        published(path, lambda folder: export_stock(model, folder, fps=rate, dtype=dtype))
+        model, rate = _loaded_as_stored(parts), fps
+        published(path, lambda folder: export_stock(model, folder, fps=rate))
     else:
-        from vc2.model.diffusers_pipeline import export_full
+        model = _loaded_as_stored(parts)
+        published(path, lambda folder: _write_full(parts, model, folder))
 
-        model = parts.load()
-        published(path, lambda folder: export_full(model, folder, dtype=dtype))
+
+def _loaded_as_stored(parts: Parts) -> VideoModel:
+    """The model, each of its tensors in the type that it is stored in: to be written, not to be run."""
+    model = parts.load()
+    for network, stored, theirs in (
+        (model.unet, parts.unet, lambda name: name),
+        (model.autoencoder.net, parts.autoencoder, lambda name: name),
+        (model.text.tower, parts.text, lambda name: name),
+        (model.image, parts.image, lambda name: next(iter(image_to_released({name: _NO_TENSOR})))),
+    ):
+        if network is None or stored is None:
+            continue
+        for name, parameter in network.named_parameters():
+            parameter.data = parameter.data.to(stored.stored[theirs(name)].dtype)
+    return model
+
+
+_NO_TENSOR = torch.empty(0)
+
+
+def _write_full(parts: Parts, model: VideoModel, folder: Path) -> None:
+    """A folder for our pipeline; what it has no place for lies beside it."""
+    from vc2.model.diffusers_pipeline import export_full
+
+    export_full(model, folder)
+    rest = parts.buffers
+    if parts.text is not None:
+        used = model.text.tower.state_dict()
+        unused = parts.text.renamed(lambda name: None if name in used else name)
+        rest |= unused.renamed(lambda name: f"cond_stage_model.model.{name}")
+    if parts.image is not None and model.image is not None:
+        known = image_to_released(model.image.state_dict())
+        rest |= parts.image.renamed(lambda name: None if name in known else name)
+    write_tensors(folder / _REST, rest, _note(parts))
 
 
 def _write_file(path: Path, tensors: Tensors, note: Mapping[str, str]) -> None:

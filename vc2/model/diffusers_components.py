@@ -128,14 +128,16 @@ class VideoCrafter2Scheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One step of DDIM, `eta` and `generator` as in diffusers' `DDIMScheduler`."""
+        """One step of DDIM, `eta` and `generator` as in diffusers' `DDIMScheduler`; computed in float32."""
         step = self.steps[int(timestep)]
         step = replace(step, sigma=eta * step.sigma)
         noise = None
         if step.sigma:
             shape, device, dtype = model_output.shape, model_output.device, model_output.dtype
             noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents, _ = ddim_step(sample, model_output, step, noise)
+            noise = noise.float()
+        latents, _ = ddim_step(sample.float(), model_output.float(), step, noise)
+        latents = latents.to(sample.dtype)
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

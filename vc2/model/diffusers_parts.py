@@ -6,7 +6,8 @@ Both folders that we write (`vc2/model/stock.py`, `vc2/model/diffusers_pipeline.
     text_encoder    CLIPTextModel, the layers that are run and the final norm: the same numbers as OpenCLIP's tower
     vae             AutoencoderKL, which ours is already
 
-Weights are shared with the model they come from, unless another type is asked for.
+Weights are shared with the model they come from, unless another type is asked for. What is read from a folder is its
+configuration, and its tensors unread, so that they keep their types.
 """
 
 import json
@@ -22,10 +23,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vc2.errors import ConfigError
 from vc2.model.autoencoder import Autoencoder
+from vc2.model.bundle import text_tower
 from vc2.model.config import AutoencoderConfig, TextConfig
-from vc2.model.files import fill, open_weights
+from vc2.model.files import Tensors, open_weights
 from vc2.model.text import TextEncoder, vocabulary
-from vc2.model.weights import autoencoder_name_today, text_from_clip, text_to_clip
+from vc2.model.weights import autoencoder_name_today, text_to_clip
 
 __all__ = [
     "clip_text_model",
@@ -97,12 +99,12 @@ def save_clip_text_model(model: CLIPTextModel, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def read_text_encoder(folder: str | Path) -> TextEncoder:
-    """The text tower of a diffusers folder, in float32.
+def read_text_encoder(folder: str | Path) -> tuple[TextConfig, Tensors]:
+    """The text tower of a diffusers folder: its shape, and its tensors under OpenCLIP's names.
 
     Raises:
         ConfigError: If it is a tower of another kind, as Stable Diffusion 1's is.
-        WeightsError: If its tensors are missing or do not fit.
+        WeightsError: If there are no tensors.
     """
     theirs = CLIPTextConfig.from_pretrained(Path(folder) / "text_encoder", local_files_only=True)
     if theirs.hidden_act != "gelu" or theirs.intermediate_size != 4 * theirs.hidden_size:
@@ -118,10 +120,7 @@ def read_text_encoder(folder: str | Path) -> TextEncoder:
         context_length=theirs.max_position_embeddings,
         vocab_size=theirs.vocab_size,
     )
-    encoder = TextEncoder(config)
-    state = text_from_clip(open_weights(folder, part="text_encoder"))
-    fill(encoder.tower, state, what=f"{folder}: text_encoder")
-    return encoder
+    return config, text_tower(folder)
 
 
 def diffusers_autoencoder(autoencoder: Autoencoder, dtype: torch.dtype | None = None) -> AutoencoderKL:
@@ -131,12 +130,12 @@ def diffusers_autoencoder(autoencoder: Autoencoder, dtype: torch.dtype | None = 
     return holding(model, autoencoder.net.state_dict(), dtype)
 
 
-def read_autoencoder(folder: str | Path) -> Autoencoder:
-    """The autoencoder of a diffusers folder, in float32.
+def read_autoencoder(folder: str | Path) -> tuple[AutoencoderConfig, Tensors]:
+    """The autoencoder of a diffusers folder: its shape, and its tensors under the names of today, unread.
 
     Raises:
         ConfigError: If it is of another kind than Stable Diffusion's.
-        WeightsError: If its tensors are missing or do not fit.
+        WeightsError: If there are no tensors.
     """
     stored: Any = AutoencoderKL.load_config(Path(folder) / "vae", local_files_only=True)
     with torch.device("meta"):
@@ -151,17 +150,15 @@ def read_autoencoder(folder: str | Path) -> Autoencoder:
         norm_groups=theirs.norm_num_groups,
         scaling_factor=theirs.scaling_factor,
     )
-    autoencoder = Autoencoder(config)
-    ours = autoencoder.net.config
+    with torch.device("meta"):
+        ours = Autoencoder(config).net.config
     for name in ("act_fn", "down_block_types", "up_block_types", "shift_factor", "latents_mean", "latents_std"):
         found, expected = theirs.get(name), ours.get(name)
         if (tuple(found) if isinstance(found, list) else found) != expected:
             raise ConfigError(
                 f"{folder}: vae has {name}={found!r}; expected {expected!r}, as in Stable Diffusion's autoencoder"
             )
-    tensors = open_weights(folder, part="vae").renamed(autoencoder_name_today)
-    fill(autoencoder.net, tensors, what=f"{folder}: vae")
-    return autoencoder
+    return config, open_weights(folder, part="vae").renamed(autoencoder_name_today)
 
 
 def holding(model: M, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> M:

@@ -12,6 +12,7 @@ Shapes: B clips, C latent channels, T frames, H x W pixels, h x w latent pixels,
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,7 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from vc2.config import Config
 from vc2.errors import ConfigError, WeightsError
-from vc2.model.bundle import VideoModel
+from vc2.model.bundle import Parts, VideoModel, image_to_released
 from vc2.model.config import ImageConfig, LoraConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from vc2.model.diffusers_components import (
     INSIDE,
@@ -50,8 +51,9 @@ from vc2.model.diffusers_parts import (
     read_json,
     read_text_encoder,
 )
-from vc2.model.files import fill, open_weights, read_weights
-from vc2.model.image import ImageEncoder
+from vc2.model.files import open_weights, read_weights
+from vc2.model.generate import usual_fps
+from vc2.model.image import pixels_of, stretched
 from vc2.model.sampler import (
     ClipNoise,
     StepResult,
@@ -61,19 +63,17 @@ from vc2.model.sampler import (
     dpm_timesteps,
     sample,
 )
-from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import clean_caption
-from vc2.model.weights import fill_unet
 
 __all__ = [
     "VideoCrafter2Pipeline",
     "VideoCrafter2PipelineOutput",
     "export_full",
     "import_full",
+    "read_full",
 ]
 
 _DEFAULTS = SamplerConfig()
-_IMAGE_FPS = 8  # what the released image-to-video script tells the network
 
 
 @dataclass
@@ -174,8 +174,13 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the current call."""
+        """Of the next step of the current call: a callback sets `pipe._guidance_scale`."""
         return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step asks the network without the prompt too."""
+        return self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -222,7 +227,7 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
             height, width: In pixels.
             num_frames: Any number; networks are best at the number they were trained with, 16.
             num_inference_steps: More take longer and look better, up to a point.
-            guidance_scale: How strongly the prompt leads; 1: no guidance, half the work.
+            guidance_scale: How strongly the prompt leads; 1 or less: no guidance, half the work.
             negative_prompt: What guidance leads away from, for all prompts or for each; None: the empty prompt.
             num_videos_per_prompt: Videos of every prompt, one after the other.
             eta: Fresh noise in DDIM's steps: 0 none, 1 as in the released model.
@@ -233,12 +238,13 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
             output_type: "np", "pt", "pil" or "latent", see `VideoCrafter2PipelineOutput`.
             return_dict: False: a tuple of the frames alone.
             callback_on_step_end: Called after each step with the pipeline, the step's number, its timestep and the
-                tensors asked for; what it returns of them takes their place.
+                tensors asked for; what it returns of them, in the same shape, takes their place.
             callback_on_step_end_tensor_inputs: "latents", "prompt_embeds" and "negative_prompt_embeds", or some.
             fps: The frame rate told to the network, one for all, one per prompt or one per video. Low: much motion.
                 None: 28 (image-to-video: 8) if the network was told that in training, else what it was told most.
             image: What the video shows, for an image-to-video network: a PIL image, an array (H, W, 3) in [0, 1], a
-                tensor (3, H, W) in [0, 1], or a list or batch of them, one for all or one per prompt.
+                tensor (3, H, W) in [0, 1], or a list or batch of them, one for all or one per prompt. Of any size and
+                shape: they are stretched to those of the video.
             seed: Of the noise. One: video i has seed + i. Several: one for each video. None: another one each time.
             solver: "ddim", or "dpm++" for few steps.
             guidance_rescale: How much of the guided prediction's excess in spread is taken back, 0 to 1.
@@ -256,7 +262,7 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
             {
                 "solver": solver,
                 "num_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
+                "guidance_scale": max(1.0, guidance_scale),
                 "guidance_rescale": guidance_rescale,
                 "eta": eta,
             }
@@ -274,15 +280,14 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
             prompt,
             device,
             num_videos_per_prompt,
-            guidance_scale != 1,
+            self.do_classifier_free_guidance,
             negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
         videos = text.shape[0]
-        fps = self._usual_fps() if fps is None else fps
-        rates = fps if isinstance(fps, int) else torch.tensor(_for_each(fps, "fps", videos, num_videos_per_prompt))
-        tokens, uncond_tokens = self._image_tokens(image, videos, num_videos_per_prompt, guidance_scale != 1)
+        rates = _rates(self._usual_fps() if fps is None else fps, videos, num_videos_per_prompt)
+        tokens, uncond_tokens = self._image_tokens(image, (height, width), videos, num_videos_per_prompt)
         noise = ClipNoise(_seeds(seed, generator, videos), shape, device)
         start = noise.start() if latents is None else self._given_latents(latents, (videos, *shape), device)
 
@@ -309,6 +314,7 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
                 image=tokens,
                 uncond_image=uncond_tokens,
                 on_step=on_step,
+                guidance_scale=lambda: max(1.0, self._guidance_scale),
             )
         frames = clean
         if output_type != "latent":
@@ -362,15 +368,23 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
         asked = {name: tensors[name] for name in names}
         changed = callback(cast(Any, self), result.number, result.timestep, asked) or {}
         for name in ("prompt_embeds", "negative_prompt_embeds"):
-            features = tensors[name]
-            if features is not None and name in changed:
-                features.copy_(changed[name])  # in place: the sampler holds these very tensors
+            features, given = tensors[name], changed.get(name)
+            if features is None or given is None:
+                continue
+            if not self.do_classifier_free_guidance and torch.equal(features[-given.shape[0] :], given):
+                continue  # diffusers' cutoff of guidance keeps the rear, where other pipelines have the prompt's half
+            if given.shape != features.shape:
+                raise ValueError(
+                    f"`callback_on_step_end` gave `{name}` of shape {tuple(given.shape)}, expected "
+                    f"{tuple(features.shape)}: one of every video."
+                )
+            # In place: the sampler holds these very tensors. What is given may be a view of them.
+            features.copy_(given.clone())
         return changed.get("latents", result.latents)
 
     def _usual_fps(self) -> int:
-        usual = _IMAGE_FPS if self.unet.net.config.use_image_attention else _DEFAULTS.fps
         told = {int(rate): weight for rate, weight in (self.config["told_fps"] or {}).items()}
-        return usual if usual in told or not told else max(sorted(told), key=told.__getitem__)
+        return usual_fps(self.unet.net.config, told)
 
     def _features(self, prompts: list[str] | None, given: Tensor | None, device: torch.device | str) -> Tensor:
         if given is not None:
@@ -383,7 +397,7 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
         return self.text_encoder(tokens.to(device)).last_hidden_state
 
     def _image_tokens(
-        self, image: Any, videos: int, per_prompt: int, guided: bool
+        self, image: Any, size: tuple[int, int], videos: int, per_prompt: int
     ) -> tuple[Tensor | None, Tensor | None]:
         reads_images = self.unet.net.config.use_image_attention
         if image is None and not reads_images:
@@ -394,10 +408,16 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
             raise ValueError("This is an image-to-video network: give `image`.")
         if self.image_encoder is None:
             raise ValueError("`image` is given, but this pipeline has no `image_encoder`: load it whole.")
-        pixels = self.video_processor.preprocess(image)
+        pixels = self._pixels(image, size)
         places = _for_each(range(pixels.shape[0]), "image", videos, per_prompt)
         tokens = self.image_encoder(pixels)[torch.tensor(places)]
-        return tokens, self.image_encoder(torch.zeros_like(pixels[:1])) if guided else None
+        return tokens, self.image_encoder(torch.zeros_like(pixels[:1])) if self.do_classifier_free_guidance else None
+
+    def _pixels(self, image: Any, size: tuple[int, int]) -> Tensor:
+        """Images in [-1, 1], (images, 3, H, W), stretched to (H, W)."""
+        images = image if isinstance(image, list | tuple) else [image]
+        bytes_or_levels = [pixels_of(one) / np.float32(255) if isinstance(one, Image.Image) else one for one in images]
+        return torch.cat([stretched(self.video_processor.preprocess(one), *size) for one in bytes_or_levels])
 
     def _given_latents(self, latents: Tensor, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
         if tuple(latents.shape) != shape:
@@ -550,6 +570,14 @@ class VideoCrafter2Pipeline(DiffusionPipeline, LoraBaseMixin):
         }
 
 
+def _rates(fps: Any, videos: int, per_prompt: int) -> int | Tensor:
+    """Frame rates of any kind of integers as the sampler takes them: one, or one per video."""
+    fps = fps.tolist() if isinstance(fps, Tensor | np.ndarray) else fps
+    if isinstance(fps, Integral):
+        return int(fps)
+    return torch.tensor([int(rate) for rate in _for_each(fps, "fps", videos, per_prompt)])
+
+
 def _for_each(values: Sequence[Any], name: str, videos: int, per_prompt: int) -> list[Any]:
     """One value per video out of one for all, one per prompt or one per video."""
     values = list(values)
@@ -571,8 +599,8 @@ def _seeds(seed: Seeds | None, generator: Generators | None, videos: int) -> lis
         seed = [one.initial_seed() for one in generator]
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    if isinstance(seed, int):
-        return clip_seeds(seed, videos)
+    if isinstance(seed, int | Integral):
+        return clip_seeds(int(seed), videos)
     if len(seed) != videos:
         raise ValueError(f"There are {len(seed)} seeds or generators for {videos} videos: give one, or one for each.")
     return list(seed)
@@ -616,6 +644,16 @@ def import_full(folder: str | Path) -> VideoModel:
         ConfigError: If the folder holds another pipeline, or networks of another kind.
         WeightsError: If tensors are missing, unexpected, or of another shape.
     """
+    return read_full(folder).load()
+
+
+def read_full(folder: str | Path) -> Parts:
+    """The parts in such a folder, their tensors unread.
+
+    Raises:
+        ConfigError: If the folder holds another pipeline, or networks of another kind.
+        WeightsError: If a file of tensors is missing.
+    """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
@@ -623,23 +661,23 @@ def import_full(folder: str | Path) -> VideoModel:
         raise ConfigError(f"{folder}: a folder for {name!r}; expected one for {VideoCrafter2Pipeline.__name__!r}")
     schedule = _shape_in(folder / "scheduler" / "scheduler_config.json", "schedule", ScheduleConfig)
     unet_config = _shape_in(folder / "unet" / "config.json", "shape", UNetConfig)
-    tensors = open_weights(folder, part="unet").renamed(lambda name: name.removeprefix(INSIDE))
-    unet = fill_unet(unet_config, tensors, what=f"{folder}: unet")
-    image = None
+    unet = open_weights(folder, part="unet").renamed(lambda name: name.removeprefix(INSIDE))
+    image_config = image = None
     if (folder / "image_encoder").is_dir():
-        image = ImageEncoder(_shape_in(folder / "image_encoder" / "config.json", "shape", ImageConfig))
+        image_config = _shape_in(folder / "image_encoder" / "config.json", "shape", ImageConfig)
         tensors = open_weights(folder, part="image_encoder").renamed(lambda name: name.removeprefix(INSIDE))
-        fill(image, tensors, what=f"{folder}: image_encoder")
-    autoencoder, text = read_autoencoder(folder), read_text_encoder(folder)
+        image = image_to_released(tensors)
+    autoencoder_config, autoencoder = read_autoencoder(folder)
+    text_config, text = read_text_encoder(folder)
     config = ModelConfig(
         unet=unet_config,
         schedule=schedule,
-        autoencoder=autoencoder.config,
-        text=text.config,
-        image=None if image is None else image.config,
+        autoencoder=autoencoder_config,
+        text=text_config,
+        image=image_config,
     )
     fps = {int(rate): int(weight) for rate, weight in (index.get("told_fps") or {}).items()}
-    return VideoModel(config, unet, NoiseSchedule(schedule), autoencoder, text, fps, image)
+    return Parts(config, unet, autoencoder, text, image, fps=fps)
 
 
 C = TypeVar("C", bound=Config)

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vc2.config import Config
@@ -462,6 +463,7 @@ def published(path: Path, make: Callable[[Path], object]) -> None:
     Raises:
         WeightsError: If the place cannot be written.
     """
+    path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,8 +475,9 @@ def published(path: Path, make: Callable[[Path], object]) -> None:
             _remove(aside)
         else:
             temporary.replace(path)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    except (OSError, SafetensorError) as error:
+        words = getattr(error, "strerror", None) or str(error)
+        raise WeightsError(f"{path}: cannot be written ({words}); choose another place") from error
     finally:
         _remove(temporary)
 
@@ -482,10 +485,13 @@ def published(path: Path, make: Callable[[Path], object]) -> None:
 def _remove(path: Path) -> None:
     import shutil
 
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:  # what was going wrong before is the error to tell
+        pass
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

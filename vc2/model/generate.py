@@ -4,22 +4,34 @@ Every clip has a seed of its own, its noise is drawn on the CPU, so neither its 
 begins with. Shapes: B clips, C latent channels, T frames, H x W pixels, h x w latent pixels, L text tokens of width D.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vc2.errors import ConfigError
+from vc2.errors import ConfigError, WeightsError
 from vc2.model.bundle import VideoModel
-from vc2.model.config import ModelConfig, SamplerConfig
+from vc2.model.config import ModelConfig, SamplerConfig, UNetConfig
+from vc2.model.image import stretched
 from vc2.model.sampler import ClipNoise, StepResult, sample
 
-__all__ = ["Precision", "as_bytes", "cautions", "check_request", "generate_videos", "pick_device", "size_multiple"]
+__all__ = [
+    "Precision",
+    "as_bytes",
+    "cautions",
+    "check_request",
+    "generate_videos",
+    "pick_device",
+    "size_multiple",
+    "usual_fps",
+]
 
 Precision = Literal["float32", "bfloat16", "float16"]
+RELEASED_IMAGE_FPS = 8  # the rate that the released script tells the image-to-video network
 
 
 @torch.no_grad()
@@ -51,7 +63,7 @@ def generate_videos(
         fps: Frame rate told to the network, one or one per clip; None: `sampler.fps`.
         negative_prompt: What guidance leads away from.
         images: For an image-to-video model what the videos show, (B, H, W, 3) or (1, H, W, 3) for all, uint8; of any
-            size, since the network sees them as tokens.
+            size, since they are stretched to that of the video.
         precision: Of the arithmetic; weights stay what they are.
         progress: Called after every step with the steps done and the steps there are.
         on_step: As in `sample`.
@@ -64,13 +76,14 @@ def generate_videos(
     """
     sampler = sampler or SamplerConfig()
     check_request(model.config, frames=frames, height=height, width=width, with_image=images is not None)
+    fps = int(fps) if isinstance(fps, Integral) else fps
     _check_numbers(len(prompts), seeds=len(seeds), fps=1 if fps is None or isinstance(fps, int) else len(fps),
                    images=1 if images is None else len(images))  # fmt: skip
     device, downsampling = model.device, model.autoencoder.config.downsampling
     shape = (model.unet.config.in_channels, frames, height // downsampling, width // downsampling)
     noise = ClipNoise(seeds, shape, device)
     text, uncond = model.text.encode(list(prompts)), model.text.encode([negative_prompt])
-    image, uncond_image = _image_tokens(model, images)
+    image, uncond_image = _image_tokens(model, images, height, width)
     rates = fps if fps is None or isinstance(fps, int) else torch.tensor(fps, device=device).expand(len(prompts))
     autocast = nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
     with autocast:
@@ -88,17 +101,24 @@ def generate_videos(
             uncond_image=uncond_image,
             on_step=on_step,
         )
+        if not torch.isfinite(latents).all():
+            raise WeightsError(
+                f"{sampler.num_steps} steps at guidance {sampler.guidance_scale} ended in latents that are no numbers: "
+                "lower the guidance, or take another checkpoint, this one's weights may be damaged"
+            )
         pixels = model.autoencoder.decode(latents)
     return as_bytes(pixels)
 
 
-def _image_tokens(model: VideoModel, images: np.ndarray | None) -> tuple[Tensor | None, Tensor | None]:
+def _image_tokens(
+    model: VideoModel, images: np.ndarray | None, height: int, width: int
+) -> tuple[Tensor | None, Tensor | None]:
     if images is None:
         return None, None
     if model.image is None:
         raise ConfigError("this model came without its image encoder, so it cannot be shown an image: load it whole")
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-    return model.image.encode(pixels), model.image.encode_nothing()
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    return model.image.encode(stretched(pixels, height, width)), model.image.encode_nothing()
 
 
 def _check_numbers(prompts: int, *, seeds: int, fps: int, images: int) -> None:
@@ -109,6 +129,20 @@ def _check_numbers(prompts: int, *, seeds: int, fps: int, images: int) -> None:
     for name, number in (("frame rates", fps), ("images", images)):
         if number not in (1, prompts):
             raise ConfigError(f"{number} {name} for {prompts} prompts: give one for all, or one for each")
+
+
+def usual_fps(config: UNetConfig, told: Mapping[int, int]) -> int:
+    """The frame rate to tell a network when nobody says one.
+
+    Args:
+        config: Of the network.
+        told: Frame rates that it was told in training, with their weights; empty: not known.
+
+    Returns:
+        That of the released script, if it was told in training or that is not known; else the one told most.
+    """
+    usual = RELEASED_IMAGE_FPS if config.use_image_attention else SamplerConfig().fps
+    return usual if usual in told or not told else max(sorted(told), key=told.__getitem__)
 
 
 def size_multiple(config: ModelConfig) -> int:

@@ -1,10 +1,11 @@
 """Image tokens: what the image-to-video network is told about a picture.
 
-A picture in [-1, 1] is scaled to the square that the image tower takes, whatever its shape: blurred along every axis
-that shrinks by a factor f > 1 with a Gaussian of standard deviation (f - 1) / 2, then bicubic with the corner pixels of
-both pictures in the same place, then brought to the tower's mean and spread. The tower (Radford et al. 2021, OpenCLIP)
-gives one token for the whole and one per patch after *all* its layers, without its final norm and projection; the
-resampler makes few of them. The coarse form takes the tower's projected vector for the whole instead.
+A picture in [-1, 1] is stretched to the size of the video, bilinear and without blur, as in the released script. It is
+then scaled to the square that the image tower takes, whatever its shape: blurred along every axis that shrinks by a
+factor f > 1 with a Gaussian of standard deviation (f - 1) / 2, then bicubic with the corner pixels of both pictures in
+the same place, then brought to the tower's mean and spread. The tower (Radford et al. 2021, OpenCLIP) gives one token
+for the whole and one per patch after *all* its layers, without its final norm and projection; the resampler makes few
+of them. The coarse form takes the tower's projected vector for the whole instead.
 
 Of a guided prediction the unconditional call sees the tokens of a picture of zeros, mid-grey, not tokens of zero.
 Shapes: B images, H x W pixels, S side of the tower's square, N = 1 + patches, M tokens for the network, D width.
@@ -12,10 +13,12 @@ Shapes: B images, H x W pixels, S side of the tower's square, N = 1 + patches, M
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from open_clip.transformer import VisionTransformer
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vc2.model.config import ImageConfig, ImageTowerConfig
@@ -23,7 +26,7 @@ from vc2.model.files import fill
 from vc2.model.resampler import CoarseTokens, Resampler
 from vc2.model.weights import part_of_checkpoint, resampler_from_released
 
-__all__ = ["ImageEncoder", "scale_to_square"]
+__all__ = ["ImageEncoder", "pixels_of", "scale_to_square", "stretched"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], by channel
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -115,6 +118,19 @@ def _tower(config: ImageTowerConfig) -> VisionTransformer:
         mlp_ratio=4.0,
         output_dim=config.output_dim,  # its head is a part of the weights, and not used
     )
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """A picture of any kind as bytes, (H, W, 3): the right way up, without palette and transparency."""
+    picture = ImageOps.exif_transpose(picture)
+    if "transparency" in picture.info:  # of a palette: Pillow wants it spelled out before it is dropped
+        picture = picture.convert("RGBA")
+    return np.asarray(picture.convert("RGB"))
+
+
+def stretched(images: Tensor, height: int, width: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, height, width), the size of the video: what the released script makes of a picture."""
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def scale_to_square(images: Tensor, side: int) -> Tensor:

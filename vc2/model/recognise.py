@@ -35,7 +35,6 @@ class Recognised:
 
 
 _LORA = re.compile(r"(\.lora_[AB]\.|\.lora_(up|down)\.|^lora_(unet|te)|\.lora\.(up|down)\.|_lora\.(up|down)\.)")
-_OTHER_NETWORKS = ("first_stage_model.", "cond_stage_model.", "embedder.", "image_proj_model.", "conditioner.")
 
 
 def recognise(tensors: Tensors) -> Recognised:

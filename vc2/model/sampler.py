@@ -252,6 +252,7 @@ def sample(
     image: Tensor | None = None,
     uncond_image: Tensor | None = None,
     on_step: Callable[[StepResult], Tensor | None] | None = None,
+    guidance_scale: Callable[[], float] | None = None,
 ) -> Tensor:
     """Sample clean latents.
 
@@ -270,6 +271,7 @@ def sample(
         uncond_image: Image tokens of the unconditional call, (1, M, D) or (B, M, D).
         on_step: Called after every step; latents that it returns take the place of the step's. It may raise
             `StopSampling`.
+        guidance_scale: Asked before every step, for guidance that changes on the way; None: that of `config`.
 
     Returns:
         Scaled latents, shape of `noise`, for `Autoencoder.decode`.
@@ -278,9 +280,7 @@ def sample(
         ConfigError: If the schedule has no such number of steps, or something that the options need is missing.
     """
     if config.guidance_scale != 1 and uncond is None:
-        raise ConfigError(
-            f"guidance_scale={config.guidance_scale} needs the tokens of the empty prompt (uncond); got none"
-        )
+        raise ConfigError(_NO_UNCOND.format(config.guidance_scale))
     if config.solver == "ddim" and config.eta > 0 and noise_at_step is None:
         raise ConfigError(
             f"eta={config.eta} adds fresh noise at every step (noise_at_step); give a source of it, or eta=0"
@@ -291,7 +291,7 @@ def sample(
         config,
         config.fps if fps is None else fps,
         _call_with(text, image, clips),
-        None if uncond is None or config.guidance_scale == 1 else _call_with(uncond, uncond_image, clips),
+        None if uncond is None else _call_with(uncond, uncond_image, clips),
     )
     if config.solver == "ddim":
         steps = ddim_plan(schedule, config.num_steps, config.eta)
@@ -300,7 +300,8 @@ def sample(
 
     latents, before = noise, None
     for number, step in enumerate(steps):
-        predicted = predict(latents, step.timestep)
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale()
+        predicted = predict(latents, step.timestep, scale)
         if config.solver == "ddim":
             fresh = noise_at_step(number).to(latents) if noise_at_step is not None and step.sigma > 0 else None
             latents, clean = ddim_step(latents, predicted, step, fresh)
@@ -319,6 +320,9 @@ def sample(
     return latents
 
 
+_NO_UNCOND = "guidance_scale={} needs the tokens of the empty prompt (uncond); got none"
+
+
 @dataclass(frozen=True, slots=True)
 class _Prediction:
     """The guided prediction of the noise: one network call or two, or one of twice as many clips."""
@@ -327,12 +331,14 @@ class _Prediction:
     config: SamplerConfig
     fps: int | Tensor
     conditional: dict[str, Tensor]
-    unconditional: dict[str, Tensor] | None  # None: no guidance
+    unconditional: dict[str, Tensor] | None  # None: there can be no guidance
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: int, guidance_scale: float) -> Tensor:
         timesteps = torch.full((latents.shape[0],), timestep, device=latents.device)
-        if self.unconditional is None:
+        if guidance_scale == 1:
             return self.unet(latents, timesteps, fps=self.fps, **self.conditional)
+        if self.unconditional is None:
+            raise ConfigError(_NO_UNCOND.format(guidance_scale))
         if self.config.batched_guidance and _shapes(self.conditional) == _shapes(self.unconditional):
             fps = torch.cat([self.fps, self.fps]) if isinstance(self.fps, Tensor) and self.fps.dim() else self.fps
             tokens = {name: torch.cat([given, self.unconditional[name]]) for name, given in self.conditional.items()}
@@ -341,7 +347,7 @@ class _Prediction:
         else:
             predicted = self.unet(latents, timesteps, fps=self.fps, **self.conditional)
             without = self.unet(latents, timesteps, fps=self.fps, **self.unconditional)
-        guided = without + self.config.guidance_scale * (predicted - without)
+        guided = without + guidance_scale * (predicted - without)
         return _rescaled(guided, predicted, self.config.guidance_rescale) if self.config.guidance_rescale else guided
 
 

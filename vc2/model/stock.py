@@ -14,11 +14,13 @@ it: a folder of such a model samples with less contrast. docs/diffusers.md says 
 folder carries a file of ours, `vc2.json`, which diffusers passes over and `import_stock` reads the schedule from.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -26,7 +28,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vc2.errors import ConfigError
-from vc2.model.bundle import VideoModel
+from vc2.model.bundle import Parts, VideoModel
 from vc2.model.config import ModelConfig, ScheduleConfig, UNetConfig
 from vc2.model.diffusers_parts import (
     clip_text_model,
@@ -39,12 +41,11 @@ from vc2.model.diffusers_parts import (
     read_text_encoder,
     save_clip_text_model,
 )
-from vc2.model.files import check_shapes, open_weights
-from vc2.model.schedule import NoiseSchedule
+from vc2.model.files import Stored, Tensors, check_shapes, open_weights
 from vc2.model.unet import UNet3D
 from vc2.model.weights import stock_names
 
-__all__ = ["export_stock", "import_stock", "stock_scheduler", "stock_unet"]
+__all__ = ["export_stock", "import_stock", "read_stock", "stock_scheduler", "stock_unet"]
 
 _NOTES = "vc2.json"
 _ATTENDING = ("CrossAttnDownBlock3D", "CrossAttnUpBlock3D")
@@ -104,17 +105,27 @@ def import_stock(folder: str | Path) -> VideoModel:
         ConfigError: If the folder holds another pipeline, or networks of another kind.
         WeightsError: If tensors are missing, unexpected, or of another shape.
     """
+    return read_stock(folder).load()
+
+
+def read_stock(folder: str | Path) -> Parts:
+    """The parts in such a folder, their tensors unread.
+
+    Raises:
+        ConfigError: If the folder holds another pipeline, or networks of another kind.
+        WeightsError: If tensors of the network are missing, unexpected, or of another shape.
+    """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != _MODEL_INDEX["_class_name"]:
         raise ConfigError(
             f"{folder}: a folder for {index.get('_class_name')!r}; expected one for {_MODEL_INDEX['_class_name']!r}"
         )
-    unet = _read_unet(folder)
+    unet_config, unet = _read_unet(folder)
+    (autoencoder_config, autoencoder), (text_config, text) = read_autoencoder(folder), read_text_encoder(folder)
     schedule = _schedule_of(folder)
-    autoencoder, text = read_autoencoder(folder), read_text_encoder(folder)
-    config = ModelConfig(unet=unet.config, schedule=schedule, autoencoder=autoencoder.config, text=text.config)
-    return VideoModel(config, unet, NoiseSchedule(schedule), autoencoder, text)
+    config = ModelConfig(unet=unet_config, schedule=schedule, autoencoder=autoencoder_config, text=text_config)
+    return Parts(config, unet, autoencoder, text)
 
 
 def stock_unet(unet: UNet3D, *, fps: int, dtype: torch.dtype | None = None) -> UNet3DConditionModel:
@@ -128,11 +139,12 @@ def stock_unet(unet: UNet3D, *, fps: int, dtype: torch.dtype | None = None) -> U
     own = unet.state_dict()
     state = {theirs: _as_linear(theirs, own[ours].detach()) for ours, theirs in stock_names(unet).items()}
     if unet.fps_embedding is not None:
-        with torch.no_grad():
-            told = unet.fps_embedding(torch.tensor([fps], device=unet.conv_in.weight.device))[0]
-        state["time_embedding.linear_2.bias"] = state["time_embedding.linear_2.bias"] + told
+        bias = state["time_embedding.linear_2.bias"]
+        with torch.no_grad():  # in float32, rounded once
+            told = copy.deepcopy(unet.fps_embedding).float()(torch.tensor([fps], device=bias.device))[0]
+        state["time_embedding.linear_2.bias"] = (bias.float() + told).to(bias.dtype)
     if unet.first_temporal_attention is None:
-        state |= _identity(stock.transformer_in)
+        state |= _identity(stock.transformer_in, own["conv_in.weight"].dtype)
     return holding(stock, state, dtype)
 
 
@@ -211,18 +223,20 @@ def _our_shape(stored: Mapping[str, Any], folder: Path) -> UNetConfig:
     )
 
 
-def _read_unet(folder: Path) -> UNet3D:
+def _read_unet(folder: Path) -> tuple[UNetConfig, Tensors]:
+    config = _our_shape(read_json(folder / "unet" / "config.json"), folder)
     with torch.device("meta"):
-        unet = UNet3D(_our_shape(read_json(folder / "unet" / "config.json"), folder))
-    unet.to_empty(device="cpu")
+        unet = UNet3D(config)
     own, names = unet.state_dict(), stock_names(unet)
     tensors = open_weights(folder, part="unet")
     expected = {theirs: tuple(_as_linear(theirs, own[ours]).shape) for ours, theirs in names.items()}
     check_shapes(expected, tensors.shapes, what=f"{folder}: unet")
-    with torch.no_grad():
-        for ours, theirs in names.items():
-            own[ours].copy_(tensors[theirs].reshape(own[ours].shape))
-    return unet.requires_grad_(False).eval()
+    stored = {ours: _reshaped(tensors.stored[theirs], own[ours].shape) for ours, theirs in names.items()}
+    return config, Tensors(stored, what=tensors.what)
+
+
+def _reshaped(stored: Stored, shape: torch.Size) -> Stored:
+    return Stored(tuple(shape), stored.dtype, lambda: stored.read().reshape(shape))
 
 
 def _schedule_of(folder: Path) -> ScheduleConfig:
@@ -254,9 +268,9 @@ def _as_linear(name: str, tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if name.endswith(("proj_in.weight", "proj_out.weight")) else tensor
 
 
-def _identity(transformer: torch.nn.Module) -> dict[str, Tensor]:
+def _identity(transformer: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights that make a transformer with a residual add nothing: norms of ones, all else zero."""
-    weights = {name: torch.zeros(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    weights = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in transformer.state_dict().items()}
     ones = {name: torch.ones_like(tensor) for name, tensor in weights.items() if "norm" in name and "weight" in name}
     return {f"transformer_in.{name}": tensor for name, tensor in (weights | ones).items()}
 
@@ -267,7 +281,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 _MODEL_INDEX = {
     "_class_name": "TextToVideoSDPipeline",
-    "_diffusers_version": "0.40.0",
+    "_diffusers_version": diffusers.__version__,
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -32,6 +32,7 @@ __all__ = [
     "autoencoder_from_released",
     "autoencoder_name_today",
     "autoencoder_to_released",
+    "check_unet",
     "config_from_released",
     "config_of_image_network",
     "fill_unet",
@@ -269,7 +270,8 @@ _FIXED = {
     "padding_t": 0,
     "use_spatial_transformer": True,
 }
-_WITHOUT_MEANING = {"image_size", "use_fp16", "legacy", "default_fps", "finegrained"}
+_TEMPORAL_DEPTH = "temporal_transformer_depth"  # here that of the spatial transformers
+_WITHOUT_MEANING = {"image_size", "use_fp16", "legacy", "default_fps", "finegrained", _TEMPORAL_DEPTH}
 
 
 def config_from_released(hyper_parameters: Mapping[str, Any], names: Mapping[str, Tensor] | None = None) -> UNetConfig:
@@ -288,12 +290,18 @@ def config_from_released(hyper_parameters: Mapping[str, Any], names: Mapping[str
             raise ConfigError(f"{name}={value!r}: this network has only {name}={_FIXED[name]!r}")
         if name not in _FIXED and name not in _HYPER_PARAMETERS and name not in _WITHOUT_MEANING:
             raise ConfigError(f"{name}={value!r}: not a hyper-parameter of the released network; remove or rename it")
+    implied = _implied(Tensors.of(names).shapes) if names else {}
+    depth = hyper_parameters.get("transformer_depth") or implied.get("transformer_depth", 1)
+    if hyper_parameters.get(_TEMPORAL_DEPTH) not in (None, depth):
+        raise ConfigError(
+            f"{_TEMPORAL_DEPTH}={hyper_parameters[_TEMPORAL_DEPTH]!r}, transformer_depth={depth!r}: this network has "
+            "one depth for both kinds of transformers"
+        )
     given = {ours: hyper_parameters[name] for name, ours in _HYPER_PARAMETERS.items() if name in hyper_parameters}
     plain = {
         name: value if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
         for name, value in given.items()
     }
-    implied = _implied(Tensors.of(names).shapes) if names else {}
     return _checked(implied | {name: value for name, value in plain.items() if value is not None})
 
 
@@ -570,6 +578,16 @@ def fill_unet(config: UNetConfig, tensors: Mapping[str, Tensor], *, what: str) -
     unet = _unmade(config).to_empty(device="cpu")
     fill(unet, tensors, what=what, cause=_cause(Tensors.of(tensors), "ours"))
     return unet.eval()
+
+
+def check_unet(config: UNetConfig, tensors: Tensors) -> None:
+    """Compare tensors, under our names, with a configuration; none is read.
+
+    Raises:
+        WeightsError: If any tensor is missing, unexpected, or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in _unmade(config).state_dict().items()}
+    check_shapes(expected, tensors.shapes, what=tensors.what, cause=_cause(tensors, "ours"))
 
 
 def unet_from_released(config: UNetConfig, tensors: Tensors) -> Tensors:

@@ -12,6 +12,7 @@ else. How a stage is run is handed in as a callable: in this process (`vc2 run`)
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vc2.artifacts import (
@@ -232,6 +233,8 @@ def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str, *, sta
 
 
 def _by_uri(store: Store, uri: str, kind: type[Artifact]) -> tuple[Manifest, Artifact]:
+    if "://" not in uri:
+        uri = str(Path(uri).absolute())
     if not uri.startswith(store.uri + "/"):
         raise ConfigError(
             f"{uri} is not in the store {store.uri}; artifacts are taken from the store that is written to"

@@ -27,15 +27,24 @@ from vc2.artifacts import (
 from vc2.config import digest
 from vc2.errors import ConfigError
 from vc2.model.bundle import MODEL_FILE, Parts, Weights
-from vc2.model.convert import Form, grown, parameter_counts, read_model, write_model
+from vc2.model.convert import (
+    Form,
+    answers_with_noise,
+    check_unneeded,
+    grown,
+    parameter_counts,
+    read_model,
+    write_model,
+)
 from vc2.model.convert import Found as FoundModel
 from vc2.pipeline.driver import IMPORTED
 from vc2.storage import Store, open_store
 from vc2.train.request import AUTOENCODER, EMA_WEIGHTS, RAW_WEIGHTS
 
-__all__ = ["Converted", "convert", "import_model"]
+__all__ = ["Converted", "convert", "import_model", "is_checkpoint_uri"]
 
 STAGE_VERSION = 1
+_MANIFEST = "manifest.json"  # of an artifact, the file by which it exists
 
 
 def import_model(found: FoundModel, store: Store, work: Path, *, source: str) -> Checkpoint:
@@ -57,7 +66,10 @@ def import_model(found: FoundModel, store: Store, work: Path, *, source: str) ->
             f"{source}: no autoencoder in it, which a checkpoint needs; give a whole checkpoint, or a folder with "
             f"{AUTOENCODER}"
         )
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{work}: cannot be written ({error.strerror}); choose another --work") from None
     with tempfile.TemporaryDirectory(dir=work) as passing:
         folder = Path(passing) / "model"
         parts.write(folder)
@@ -106,6 +118,12 @@ class Converted:
     parts: tuple[str, ...]  # besides the network
     destination: str
     to: str
+    caution: str = ""  # what may be wrong with it
+
+
+def is_checkpoint_uri(place: str) -> bool:
+    """Whether a place is meant as an artifact in a store, and not as a file or folder with a model."""
+    return "://" in place or Path(place).name == _MANIFEST or (Path(place) / _MANIFEST).is_file()
 
 
 def convert(
@@ -142,6 +160,7 @@ def convert(
     if to != "checkpoint":
         _check_free(source, Path(destination), to, force)
     found = _found(source, work, weights, hyper_parameters)
+    grows = found.is_image_network and to not in ("sd-ldm", "sd-diffusers")
     if dtype is not None:
         found = replace(found, parts=found.parts.cast(getattr(torch, dtype)))
     if to == "checkpoint":
@@ -157,12 +176,20 @@ def convert(
         parts=tuple(name for name in ("autoencoder", "text", "image") if getattr(found.parts, name) is not None),
         destination=written,
         to=to,
+        caution="" if not grows or answers_with_noise(found.parts) else _NO_NOISE.format(source=source),
     )
 
 
+_NO_NOISE = (
+    "{source}: its answer to pure noise is not that noise, so it may predict velocity (v), as Stable Diffusion 2.1 at "
+    "768 does, or have learnt nothing; what was grown from it predicts noise only if it does, as 2.1-base"
+)
+
+
 def _found(source: str, work: Path, weights: Weights, hyper_parameters: Path | None) -> FoundModel:
-    if "://" in source or (Path(source) / "manifest.json").is_file() or "/runs/" in source.replace("\\", "/"):
-        root, runs, rest = source.removesuffix("/").removesuffix("/manifest.json").rpartition("/runs/")
+    if is_checkpoint_uri(source):
+        check_unneeded(hyper_parameters, f"{source}: a checkpoint")
+        root, runs, rest = source.removesuffix("/").removesuffix(f"/{_MANIFEST}").rpartition("/runs/")
         if not runs:
             raise ConfigError(f"{source}: not the URI of a checkpoint; expected <store>/runs/<stage>/.../checkpoints/N")
         store = open_store(root)
@@ -176,6 +203,8 @@ def _found(source: str, work: Path, weights: Weights, hyper_parameters: Path | N
 
 def _check_free(source: str, destination: Path, to: str, force: bool) -> None:
     """Raise `ConfigError` unless a model may be written there."""
+    if "://" in str(destination) or str(destination).startswith("s3:"):
+        raise ConfigError(f"form {to} is written to a local place; only --to checkpoint goes to a store")
     place, origin = destination.resolve(), Path(source).resolve()
     if place == origin or origin in place.parents or place in origin.parents:
         raise ConfigError(f"{source} and {destination} are one place, or one lies in the other; choose another")

@@ -39,8 +39,6 @@ __all__ = [
 ]
 
 RELEASED_SIZE = (512, 320)  # width and height of the released text-to-video and image-to-video models
-RELEASED_IMAGE_FPS = 8  # the rate that the released script tells the image-to-video network
-IMAGE_SECONDS = 60.0  # to open an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +51,7 @@ class LoadedModel:
     frames: int = 0
     width: int = 0
     height: int = 0
+    lora: str = ""  # file of low-rank updates that were laid over the weights
 
 
 class SampleRequest(Config):
@@ -61,23 +60,32 @@ class SampleRequest(Config):
     prompts: tuple[str, ...]
     negative_prompt: str = ""
     images: tuple[str, ...] = ()  # files; one for all prompts or one for each
-    lora: str = ""  # a file of low-rank updates to lay over the weights
     seed: int = Field(123, ge=0)  # of the first prompt; the next has the next
-    frames: int | None = Field(None, ge=1)
+    frames: int | None = Field(None, ge=1, le=10_000)
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
-    fps: int | None = Field(None, ge=0)  # told to the network
+    fps: int | None = Field(None, ge=0, le=1000)  # told to the network
     sampler: SamplerConfig = SamplerConfig()  # its fps is not used
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     device: str = "auto"
-    play_fps: int = Field(10, ge=1)  # written into the files
+    play_fps: int = Field(10, ge=1, le=240)  # written into the files
 
 
-def load_artifact(store: Store, artifact: Artifact, *, weights: Literal["ema", "raw"], cache: Path) -> LoadedModel:
+def load_artifact(
+    store: Store, artifact: Artifact, *, weights: Literal["ema", "raw"], cache: Path, lora: str = ""
+) -> LoadedModel:
     """The model of a checkpoint in a store. Files are fetched to the folder `cache`.
+
+    Args:
+        store: Where it is.
+        artifact: The checkpoint.
+        weights: Which weights.
+        cache: A folder.
+        lora: A file of low-rank updates to lay over the weights; empty: none.
 
     Raises:
         ConfigError: If the artifact is another kind of thing.
+        WeightsError: If the updates are not for this model.
     """
     from vc2.model.bundle import Parts
 
@@ -85,26 +93,38 @@ def load_artifact(store: Store, artifact: Artifact, *, weights: Literal["ema", "
         raise ConfigError(f"{artifact.uri} is a {artifact.kind}; expected a checkpoint")
     manifest = load_manifest(store, artifact.prefix)
     model = Parts.of_checkpoint(store, manifest, cache, weights=weights).load(cache=cache)
+    _lay_over(model, lora)
     frames, width, height = _trained_form(store, manifest)
-    return LoadedModel(model, f"{artifact.fingerprint}@{artifact.step}", weights, frames, width, height)
+    return LoadedModel(model, f"{artifact.fingerprint}@{artifact.step}", weights, frames, width, height, lora)
 
 
-def load_files(path: Path, *, weights: Literal["ema", "raw"] = "ema") -> LoadedModel:
+def load_files(path: Path, *, weights: Literal["ema", "raw"] = "ema", lora: str = "") -> LoadedModel:
     """The model in a folder or file, in any form that `vc2.model.convert.load_model` reads.
 
     Args:
         path: The folder or file.
         weights: Which weights, where it has both.
+        lora: A file of low-rank updates to lay over them; empty: none.
 
     Raises:
         ConfigError: If there is no such path.
-        WeightsError: If it holds no whole model.
+        WeightsError: If it holds no whole model, or the updates are not for this model.
     """
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder, and no URI of a checkpoint (<store>/runs/...)")
     from vc2.model.convert import load_model
 
-    return LoadedModel(load_model(path, weights=weights), str(path), weights)
+    model = load_model(path, weights=weights)
+    _lay_over(model, lora)
+    return LoadedModel(model, str(path), weights, lora=lora)
+
+
+def _lay_over(model: "VideoModel", lora: str) -> None:
+    from vc2.model.lora import load_lora, merge_lora
+
+    if lora:
+        load_lora(model.unet, lora)
+        merge_lora(model.unet)
 
 
 def _trained_form(store: Store, manifest: Manifest) -> tuple[int, int, int]:
@@ -193,23 +213,20 @@ def sample_videos(
 
     Raises:
         ConfigError: If the model cannot make what is asked for, or an image cannot be read.
-        WeightsError: If the updates are not for this model.
     """
     from vc2.data.decode import encode_video, write_whole
     from vc2.model.generate import cautions, check_request, generate_videos, pick_device
-    from vc2.model.lora import load_lora, merge_lora
 
     check_prompts(request)
     frames, width, height, fps = _filled_in(loaded, request)
     config = loaded.model.config
     check_request(config, frames=frames, height=height, width=width, with_image=bool(request.images))
     told = tuple(loaded.model.fps)
+    if request.fps is not None and not config.unet.fps_cond:
+        warn("this network is told no frame rate, so the one that was asked for changes nothing")
     for text in cautions(config, frames=frames, fps=(fps,), told=told, trained_frames=loaded.frames):
         warn(text)
-    images = _read_images(request.images, width, height)
-    if request.lora:
-        load_lora(loaded.model.unet, request.lora)
-        merge_lora(loaded.model.unet)
+    images = [_read_image(Path(path)) for path in request.images]
     device = pick_device(request.device)
     precision = _precision(request.precision, device.type)
     model = loaded.model.to(device)
@@ -229,7 +246,7 @@ def sample_videos(
             sampler=request.sampler,
             fps=fps,
             negative_prompt=request.negative_prompt,
-            images=images[number % len(images)] if images else None,
+            images=images[number % len(images)][None] if images else None,
             precision=precision,
             progress=lambda step, steps, work=work: progress(work, step, steps),
         )[0]
@@ -240,7 +257,7 @@ def sample_videos(
             "image": Path(request.images[number % len(images)]).name if images else "",
             "seed": seed,
             **_sampler_settings(request.sampler),
-            "fps": fps,
+            "fps": fps if config.unet.fps_cond else None,
             "frames": frames,
             "width": width,
             "height": height,
@@ -249,7 +266,7 @@ def sample_videos(
             "device": device.type,
             "checkpoint": loaded.name,
             "weights": loaded.weights,
-            "lora": Path(request.lora).name,
+            "lora": Path(loaded.lora).name,
         }
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +296,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _filled_in(loaded: LoadedModel, request: SampleRequest) -> tuple[int, int, int, int]:
     """Frames, width, height and the rate told to the network."""
+    from vc2.model.generate import usual_fps
+
     unet = loaded.model.config.unet
     trained = (loaded.width, loaded.height)
     if not all(trained) and unet.model_channels == UNetConfig().model_channels:
@@ -286,28 +305,23 @@ def _filled_in(loaded: LoadedModel, request: SampleRequest) -> tuple[int, int, i
     width, height = request.width or trained[0], request.height or trained[1]
     if not (width and height):
         raise ConfigError(f"{loaded.name}: nothing says at which size this model was trained; give --size WxH")
-    fps = request.fps
-    if fps is None:
-        fps = RELEASED_IMAGE_FPS if unet.use_image_attention else SamplerConfig().fps
-        if (told := loaded.model.fps) and fps not in told:
-            fps = max(sorted(told), key=told.__getitem__)
+    fps = usual_fps(unet, loaded.model.fps) if request.fps is None else request.fps
     return request.frames or loaded.frames or unet.temporal_length, width, height, fps
 
 
-def _read_images(paths: Sequence[str], width: int, height: int) -> "list[np.ndarray]":
-    """Each (1, H, W, 3), scaled to cover the size of the video and cropped to its centre."""
-    from vc2.data.decode import Decoder, MediaError
+def _read_image(path: Path) -> "np.ndarray":
+    """Its pixels, (H, W, 3) uint8."""
+    from PIL import Image
 
-    read = []
-    with Decoder(IMAGE_SECONDS) as decoder:
-        for path in paths:
-            if not Path(path).is_file():
-                raise ConfigError(f"{path}: no such image file")
-            try:
-                read.append(decoder.picture(Path(path).absolute(), width=width, height=height))
-            except MediaError as error:
-                raise ConfigError(f"{path}: not a readable image ({error}); give a JPEG, PNG or WebP file") from None
-    return read
+    from vc2.model.image import pixels_of
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such image file")
+    try:
+        with Image.open(path) as picture:
+            return pixels_of(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path}: not a readable image ({error}); give a JPEG, PNG or WebP file") from None
 
 
 def _precision(asked: str, device: str) -> Any:
