@@ -21,10 +21,10 @@ from vc2.model.config import UNetConfig
 from vc2.model.schedule import sinusoidal_features
 from vc2.model.spatial import Float32GroupNorm
 
-__all__ = ["DEFAULT_FPS", "UNet3D"]
+__all__ = ["DEFAULT_FPS", "FIRST_HEADS", "UNet3D"]
 
 DEFAULT_FPS = 16  # what the released network assumes when told nothing
-_FIRST_HEADS = 8  # of the first temporal transformer, at every width
+FIRST_HEADS = 8  # of the first temporal transformer, at every width
 
 
 class UNet3D(nn.Module):
@@ -43,7 +43,7 @@ class UNet3D(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         # The one transformer whose projections are convolutions even where use_linear is set.
         self.first_temporal_attention = (
-            temporal_transformer(config, width, _FIRST_HEADS, use_linear=False) if config.addition_attention else None
+            temporal_transformer(config, width, FIRST_HEADS, use_linear=False) if config.addition_attention else None
         )
 
         level_widths = [mult * width for mult in config.channel_mult]

@@ -24,7 +24,7 @@ from vc2.model.config import UNetConfig
 from vc2.model.files import Stored, Tensors, check_shapes, fill, read_weights, write_weights
 from vc2.model.partition import group_of
 from vc2.model.recognise import declares_v_prediction, recognise
-from vc2.model.unet import UNet3D
+from vc2.model.unet import FIRST_HEADS, UNet3D
 
 __all__ = [
     "SCHEDULE_BUFFERS",
@@ -334,7 +334,6 @@ def config_of_image_network(tensors: Mapping[str, Tensor], told: Mapping[str, An
 
 
 Shape = tuple[int, ...]
-_FIRST_HEADS = 8  # of the first temporal transformer, in every network of the family
 
 
 def _implied(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -360,7 +359,7 @@ def _implied(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if table := _first(shapes, ".relative_position_k.embeddings_table"):
         implied |= {"temporal_length": (table[0] - 1) // 2, "num_head_channels": table[1]}
     elif first := shapes.get("init_attn.0.proj_in.weight"):
-        implied["num_head_channels"] = first[0] // _FIRST_HEADS
+        implied["num_head_channels"] = first[0] // FIRST_HEADS
 
     levels: list[list[int]] = [[]]
     attends = set()
@@ -724,32 +723,43 @@ def text_from_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Autoencoder and resampler
 
+# Theirs and what it becomes; # is a number. A word without a dot in front (behind) stands at the start (end) of a name.
 _AUTOENCODER_WORDS = (
-    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+    ("encoder.down.#.block.#.", "encoder.down_blocks.#.resnets.#."),
+    ("encoder.down.#.downsample.", "encoder.down_blocks.#.downsamplers.0."),
+    ("decoder.up.#.block.#.", "decoder.up_blocks.#.resnets.#."),
+    ("decoder.up.#.upsample.", "decoder.up_blocks.#.upsamplers.0."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
+    (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."),
+    (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
+    (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
+    (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    ("encoder.norm_out.", "encoder.conv_norm_out."),
+    ("decoder.norm_out.", "decoder.conv_norm_out."),
 )
-_AUTOENCODER_WORDS_BACK = (
-    (r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.down.\1.block.\2."),
-    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r"decoder.up.\1.block.\2."),
-    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
-    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
-    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"^(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
+_RESAMPLER_WORDS = (
+    ("latents", "queries"),
+    ("layers.#.0.norm1.", "layers.#.token_norm."),
+    ("layers.#.0.norm2.", "layers.#.query_norm."),
+    ("layers.#.0.to_q.", "layers.#.query."),
+    ("layers.#.0.to_kv.", "layers.#.key_and_value."),
+    ("layers.#.0.to_out.", "layers.#.out."),
+    ("layers.#.1.", "layers.#.feed_forward."),
 )
+
+
+def _reworded(name: str, words: Iterable[tuple[str, str]], *, back: bool = False) -> str:
+    """A name with the words of a table translated, from left to right or back."""
+    for theirs, ours in words:
+        found, wanted = (ours, theirs) if back else (theirs, ours)
+        pattern = re.escape(found).replace(r"\#", r"(\d+)")
+        pattern = ("" if found.startswith(".") else "^") + pattern + ("" if found.endswith(".") else "$")
+        numbers = iter(range(1, 1 + wanted.count("#")))
+        name = re.sub(pattern, re.sub("#", lambda _: rf"\g<{next(numbers)}>", wanted), name)  # noqa: B023
+    return name
 
 
 def autoencoder_from_released(state_dict: Mapping[str, Tensor], num_levels: int) -> Tensors:
@@ -762,8 +772,7 @@ def autoencoder_from_released(state_dict: Mapping[str, Tensor], num_levels: int)
     part, stored = part_of_checkpoint(state_dict, "first_stage_model."), {}
     is_diffusers = any(name.startswith("encoder.down_blocks.") for name in part)
     for name, tensor in part.stored.items():
-        for pattern, replacement in _AUTOENCODER_WORDS:
-            name = re.sub(pattern, replacement, name)
+        name = _reworded(name, _AUTOENCODER_WORDS)
         name = autoencoder_name_today(name) if is_diffusers else _counted_from_the_other_end(name, num_levels)
         if ".attentions." in name and len(tensor.shape) == 4:  # 1x1 convolutions there, linear layers here
             tensor = _reshaped(tensor, tensor.shape[:2])
@@ -778,9 +787,7 @@ def autoencoder_to_released(state: Mapping[str, Tensor], num_levels: int) -> Ten
         if ".attentions." in name and name.endswith(".weight") and len(tensor.shape) == 2:
             tensor = _reshaped(tensor, (*tensor.shape, 1, 1))
         name = _counted_from_the_other_end(name, num_levels)
-        for pattern, replacement in _AUTOENCODER_WORDS_BACK:
-            name = re.sub(pattern, replacement, name)
-        stored[name] = tensor
+        stored[_reworded(name, _AUTOENCODER_WORDS, back=True)] = tensor
     return Tensors(stored, what="autoencoder")
 
 
@@ -804,47 +811,12 @@ def autoencoder_name_today(name: str) -> str:
     )
 
 
-_RESAMPLER_WORDS = (
-    (r"^latents$", "queries"),
-    (r"^layers\.(\d+)\.0\.norm1\.", r"layers.\1.token_norm."),
-    (r"^layers\.(\d+)\.0\.norm2\.", r"layers.\1.query_norm."),
-    (r"^layers\.(\d+)\.0\.to_q\.", r"layers.\1.query."),
-    (r"^layers\.(\d+)\.0\.to_kv\.", r"layers.\1.key_and_value."),
-    (r"^layers\.(\d+)\.0\.to_out\.", r"layers.\1.out."),
-    (r"^layers\.(\d+)\.1\.0\.", r"layers.\1.feed_forward.0."),
-    (r"^layers\.(\d+)\.1\.1\.", r"layers.\1.feed_forward.1."),
-    (r"^layers\.(\d+)\.1\.3\.", r"layers.\1.feed_forward.3."),
-)
-
-
 def resampler_from_released(state_dict: Mapping[str, Tensor]) -> Tensors:
     """Resampler tensors of a released checkpoint, with or without `image_proj_model.`, under our names; reads none."""
-
-    def ours(name: str) -> str:
-        for pattern, replacement in _RESAMPLER_WORDS:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    return part_of_checkpoint(state_dict, "image_proj_model.").renamed(ours)
-
-
-_RESAMPLER_WORDS_BACK = (
-    (r"^queries$", "latents"),
-    (r"^layers\.(\d+)\.token_norm\.", r"layers.\1.0.norm1."),
-    (r"^layers\.(\d+)\.query_norm\.", r"layers.\1.0.norm2."),
-    (r"^layers\.(\d+)\.query\.", r"layers.\1.0.to_q."),
-    (r"^layers\.(\d+)\.key_and_value\.", r"layers.\1.0.to_kv."),
-    (r"^layers\.(\d+)\.out\.", r"layers.\1.0.to_out."),
-    (r"^layers\.(\d+)\.feed_forward\.", r"layers.\1.1."),
-)
+    part = part_of_checkpoint(state_dict, "image_proj_model.")
+    return part.renamed(lambda name: _reworded(name, _RESAMPLER_WORDS))
 
 
 def resampler_to_released(state: Mapping[str, Tensor]) -> Tensors:
     """The reverse of `resampler_from_released`, without prefix."""
-
-    def theirs(name: str) -> str:
-        for pattern, replacement in _RESAMPLER_WORDS_BACK:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    return Tensors.of(state).renamed(theirs)
+    return Tensors.of(state).renamed(lambda name: _reworded(name, _RESAMPLER_WORDS, back=True))
