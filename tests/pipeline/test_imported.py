@@ -184,6 +184,9 @@ def test_growing_from_an_image_network_that_seems_not_to_predict_noise_is_said(t
 def test_what_is_there_is_not_harmed(released, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letters.txt").write_text("dear")
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "model.json").write_text("{}")
+    (tmp_path / "both" / "letters.txt").write_text("dear")
     (tmp_path / "model.ckpt").write_text("mine")
     for destination, to, options, words in (
         (released, "released", [], "are one place"),
@@ -193,6 +196,7 @@ def test_what_is_there_is_not_harmed(released, tmp_path, capsys):
         (tmp_path / "model.ckpt", "vc2", ["--force"], "is a file; form vc2 is a folder"),
         (tmp_path / "mine", "vc2", ["--force"], "holds something else than a model"),
         (tmp_path / "mine", "released", ["--force"], "form released is one file"),
+        (tmp_path / "both", "vc2", ["--force"], "holds letters.txt beside a model"),
         (tmp_path / "new", "vc2", ["--fps", "8"], "--fps N belongs to the form `diffusers`"),
         (tmp_path / "new", "diffusers", [], "say which by --fps N"),
     ):

@@ -221,3 +221,18 @@ def _check_free(source: str, destination: Path, to: str, force: bool) -> None:
         raise ConfigError(
             f"{destination} holds something else than a model, which is not replaced; choose another name"
         )
+    if destination.is_dir() and (strange := _not_of_a_model(destination)):
+        raise ConfigError(
+            f"{destination} holds {', '.join(strange[:3])} beside a model, which would be lost; choose another name"
+        )
+
+
+_OF_A_MODEL = {  # what our forms and those of diffusers keep in a folder, besides files of weights
+    MODEL_FILE, "model_index.json", "README.md", "pipeline.py", "vc2.json", "unet", "vae", "text_encoder", "tokenizer",
+    "scheduler", "image_encoder", "feature_extractor", "safety_checker",
+}  # fmt: skip
+
+
+def _not_of_a_model(folder: Path) -> list[str]:
+    found = (entry for entry in folder.iterdir() if entry.suffix != ".safetensors" or entry.is_dir())
+    return sorted(entry.name for entry in found if entry.name not in _OF_A_MODEL and not entry.name.startswith("."))
