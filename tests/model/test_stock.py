@@ -301,6 +301,16 @@ def test_networks_of_another_kind_are_refused(
         import_stock(tmp_path / "stock")
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
+def test_a_folder_without_a_part_is_refused_without_asking_a_hub(
+    make_model: Callable[..., VideoModel], tmp_path: Path, part: str
+) -> None:
+    export_stock(make_model(), tmp_path / "stock", fps=8)
+    (tmp_path / "stock" / part).rename(tmp_path / "lost")
+    with pytest.raises(ConfigError, match=rf"{part}.config\.json: cannot be read"):
+        import_stock(tmp_path / "stock")
+
+
 def test_weights_may_be_written_in_half_precision(make_model: Callable[..., VideoModel], tmp_path: Path) -> None:
     """The model itself keeps its type."""
     model = make_model()

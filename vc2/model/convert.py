@@ -142,8 +142,8 @@ def _pipeline_class(folder: Path) -> str:
             try:
                 kind = json.loads((folder / name).read_text()).get("_class_name", "")
                 return str(kind[-1] if isinstance(kind, list) else kind)  # a list names a module too
-            except ValueError as error:
-                raise WeightsError(f"{folder / name}: not JSON ({error}); fetch it again") from None
+            except (ValueError, AttributeError, IndexError) as error:
+                raise WeightsError(f"{folder / name}: not what diffusers writes ({error}); fetch it again") from None
     return ""
 
 

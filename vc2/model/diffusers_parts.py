@@ -103,10 +103,10 @@ def read_text_encoder(folder: str | Path) -> tuple[TextConfig, Tensors]:
     """The text tower of a diffusers folder: its shape, and its tensors under OpenCLIP's names.
 
     Raises:
-        ConfigError: If it is a tower of another kind, as Stable Diffusion 1's is.
+        ConfigError: If there is none, or it is a tower of another kind, as Stable Diffusion 1's is.
         WeightsError: If there are no tensors.
     """
-    theirs = CLIPTextConfig.from_pretrained(Path(folder) / "text_encoder", local_files_only=True)
+    theirs = CLIPTextConfig.from_dict(read_json(Path(folder) / "text_encoder" / "config.json"))
     if theirs.hidden_act != "gelu" or theirs.intermediate_size != 4 * theirs.hidden_size:
         raise ConfigError(
             f"{folder}: text_encoder has hidden_act={theirs.hidden_act!r}, intermediate_size={theirs.intermediate_size}"
@@ -134,10 +134,10 @@ def read_autoencoder(folder: str | Path) -> tuple[AutoencoderConfig, Tensors]:
     """The autoencoder of a diffusers folder: its shape, and its tensors under the names of today, unread.
 
     Raises:
-        ConfigError: If it is of another kind than Stable Diffusion's.
+        ConfigError: If there is none, or it is of another kind than Stable Diffusion's.
         WeightsError: If there are no tensors.
     """
-    stored: Any = AutoencoderKL.load_config(Path(folder) / "vae", local_files_only=True)
+    stored = read_json(Path(folder) / "vae" / "config.json")
     with torch.device("meta"):
         network: Any = AutoencoderKL.from_config(stored)
     theirs = network.config  # with the values that the file leaves out
