@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -280,7 +281,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
     settings = dict(RAY_SETTINGS)
     if folder:
         token = folder / "token"
-        token.write_text(secrets.token_hex(32))
+        token.write_text(_ray_token())
         token.chmod(0o600)
         # A private session is there to work: its workers get the priority of their starter, not a low one.
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
@@ -309,6 +310,12 @@ def ray_session(num_cpus: int | None = None) -> Iterator[str]:
                 shutil.rmtree(folder, ignore_errors=True)
             if warden is not None:
                 warden.wait()  # it ends what is left, and itself, as soon as the folder is gone
+
+
+@cache
+def _ray_token() -> str:
+    """Who knows it may use the sessions of this process. One for all: Ray reads it once and keeps it."""
+    return secrets.token_hex(32)
 
 
 def _connected() -> str | None:
