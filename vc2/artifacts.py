@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from vc2.config import Config, digest
 from vc2.errors import ShardCorrupted, StoreError
-from vc2.storage import Store, join_uri
+from vc2.storage import Store, join_uri, located
 
 __all__ = [
     "Artifact",
@@ -48,7 +48,8 @@ Kind = Literal["shard_set", "checkpoint", "sample_set", "scorecard", "report"]
 
 
 class FileEntry(Config):
-    """A file of an artifact: `key` is relative to the store, so shared objects and own files look alike."""
+    """A file of an artifact: `key` is relative to the store, so shared objects and own files look alike; of files that
+    are not its own, such as tars made by others, it is an absolute path or URI (`storage.located`)."""
 
     name: str
     key: str
@@ -263,19 +264,20 @@ def verify(store: Store, prefix: str) -> Iterable[str]:
         yield f"{prefix}/manifest.json: content digest is not that of its files"
     for entry in manifest.files:
         try:
-            data = store.entry(entry.key)
+            place, key = located(store, entry.key)
+            data = place.entry(key)
             if data is None:
                 yield f"{entry.name}: {entry.key} is missing"
             elif data.size != entry.size:
                 yield f"{entry.name}: {data.size} bytes, manifest says {entry.size}"
-            elif (found := _stored_sha256(store, entry)) != entry.sha256:
+            elif (found := _stored_sha256(place, key, entry.size)) != entry.sha256:
                 yield f"{entry.name}: sha256 {found[:12]}, manifest says {entry.sha256[:12]}"
         except (KeyError, ShardCorrupted) as error:
             yield f"{entry.name}: {error}"
 
 
-def _stored_sha256(store: Store, entry: FileEntry) -> str:
+def _stored_sha256(store: Store, key: str, size: int) -> str:
     sha256, step = hashlib.sha256(), 8 * 2**20
-    for offset in range(0, entry.size, step):
-        sha256.update(store.read_range(entry.key, offset, min(step, entry.size - offset)))
+    for offset in range(0, size, step):
+        sha256.update(store.read_range(key, offset, min(step, size - offset)))
     return sha256.hexdigest()

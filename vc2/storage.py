@@ -15,12 +15,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from vc2.errors import ShardCorrupted, StoreError
 
-__all__ = ["Entry", "FileDigest", "LocalStore", "S3Store", "Store", "file_digest", "join_uri", "open_store"]
+__all__ = ["Entry", "FileDigest", "LocalStore", "S3Store", "Store", "file_digest", "join_uri", "located", "open_store"]
 
 CHUNK = 8 * 2**20  # bytes held in memory at a time by file transfers
 SWEEP_AFTER = 24 * 3600  # seconds after which a temporary file of a dead writer is removed
@@ -33,6 +34,7 @@ class Entry:
     key: str
     size: int
     modified: float  # seconds since the epoch, by the store's clock
+    etag: str = ""  # of S3: another one means other bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,24 @@ def open_store(uri: str) -> Store:
     raise StoreError(f"{uri}: unknown scheme {scheme!r}; a store is a local path or s3://bucket/prefix")
 
 
+def located(store: Store, key: str) -> tuple[Store, str]:
+    """Where a file of an artifact is: in its store, or, under an absolute path or `s3://` URI, outside of it.
+
+    Files outside are those that an artifact names and does not own, such as tars made by others.
+    """
+    if key.startswith("s3://"):
+        bucket, _, name = key.removeprefix("s3://").partition("/")
+        return _bucket(bucket, os.environ.get("AWS_ENDPOINT_URL")), name
+    if key.startswith("/"):
+        return LocalStore(Path(key).parent, is_ours=False), Path(key).name
+    return store, key
+
+
+@lru_cache(maxsize=16)
+def _bucket(bucket: str, endpoint: str | None) -> Store:  # another endpoint is another store
+    return open_store(f"s3://{bucket}")
+
+
 def _checked_key(key: str) -> str:
     if not key or key.startswith("/") or ".." in key.split("/"):
         raise StoreError(f"{key!r} is no key of a store: expected a relative path without '..'")
@@ -135,10 +155,12 @@ def _checked_key(key: str) -> str:
 class LocalStore:
     """A folder. Temporary files lie in `<root>/.tmp`, so that no reader ever lists one."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_ours: bool = True) -> None:
         self.root = root.expanduser().resolve()
         self.uri = str(self.root)
         self._temporary = self.root / ".tmp"
+        if not is_ours:  # only read from
+            return
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -401,14 +423,16 @@ class S3Store:
             facts = self._call(key, lambda name: self._client.head_object(Bucket=self.bucket, Key=name))
         except KeyError:
             return None
-        return Entry(key, facts["ContentLength"], facts["LastModified"].timestamp())
+        return Entry(key, facts["ContentLength"], facts["LastModified"].timestamp(), facts["ETag"].strip('"'))
 
     def list(self, prefix: str) -> Iterator[Entry]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._name(prefix))
         start = len(self.prefix) + 1 if self.prefix else 0
         for page in self._call(prefix, lambda _: [*pages]):
             for item in page.get("Contents", ()):
-                yield Entry(item["Key"][start:], item["Size"], item["LastModified"].timestamp())
+                yield Entry(
+                    item["Key"][start:], item["Size"], item["LastModified"].timestamp(), item["ETag"].strip('"')
+                )
 
     def delete(self, key: str) -> None:
         self._call(key, lambda name: self._client.delete_object(Bucket=self.bucket, Key=name))
