@@ -1,252 +1,363 @@
-"""Downloads against a real server on loopback that misbehaves in every way we know."""
+"""Files of one's own and archives, as they are, damaged and hostile, to parts of the ledger."""
 
+import hashlib
+import io
 import json
+import random
 import tarfile
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from vc2.data.config import FolderSource, JourneyDBSource, ShardStage
-from vc2.data.fetch import fetch_archive, fetch_rows
-from vc2.data.ledger import collect, is_last, part_names, read_part
+from vc2.data.config import (
+    FolderSource,
+    JourneyDBSource,
+    LaionSource,
+    ShardStage,
+    Source,
+    TarSource,
+    WebVidSource,
+    archive_uris,
+)
+from vc2.data.fetch import _Archive, fetch_archive, fetch_rows, raw_bytes
+from vc2.data.ledger import SCHEMA, is_last, part_names, read_part, row_of
+from vc2.data.media import MediaError
+from vc2.data.places import read_span
 from vc2.data.rejects import RejectReason
 from vc2.data.sources import Record
-from vc2.storage import LocalStore
+from vc2.storage import LocalStore, Store, open_store
 
-HOST = "pictures.test"
-
-
-class Web:
-    """The server: how it answers a path, and how often it was asked."""
-
-    def __init__(self, picture: bytes) -> None:
-        self.picture = picture
-        self.asked: Counter[str] = Counter()
-        self.hosts: set[str] = set()
-        self.closing = threading.Event()
-        web = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                web.asked[self.path] += 1
-                web.hosts.add(self.headers["Host"])
-                web.answer(self, self.path.strip("/").split("-")[0])
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-
-    def answer(self, to: BaseHTTPRequestHandler, how: str) -> None:
-        body, status, headers, length = self.picture, 200, {}, None
-        if how == "missing":
-            body, status = b"", 404
-        elif how == "forbidden":
-            body, status = b"", 403
-        elif how == "broken":
-            body, status = b"", 503
-        elif how == "busy" and self.asked[to.path] == 1:
-            body, status, headers = b"", 429, {"Retry-After": "0"}
-        elif how == "html":
-            body = b"<!DOCTYPE html><html><body>gone</body></html>" * 50
-        elif how == "corrupt":
-            body = self.picture[:600]
-        elif how == "short":
-            length = len(body) + 1000
-        elif how == "huge":
-            length = 10**9
-        elif how == "redirect":
-            body, status, headers = b"", 302, {"Location": "/good-again"}
-        elif how == "trap":
-            body, status, headers = b"", 302, {"Location": f"http://127.0.0.1:{self.port}/good-inside"}
-        elif how == "circle":
-            body, status, headers = b"", 302, {"Location": to.path}
-        elif how == "silent":
-            self.closing.wait(20)
-            return
-        to.send_response(status)
-        for name, value in headers.items():
-            to.send_header(name, value)
-        to.send_header("Content-Length", str(len(body) if length is None else length))
-        if length is not None:
-            to.send_header("Connection", "close")
-            to.close_connection = True
-        to.end_headers()
-        try:
-            if how == "drip":
-                for number in range(len(body)):
-                    to.wfile.write(body[number : number + 1])
-                    to.wfile.flush()
-                    if self.closing.wait(0.05):
-                        return
-            to.wfile.write(body)
-        except OSError:
-            pass
-
-    @property
-    def port(self) -> int:
-        return self.server.server_port
-
-    def close(self) -> None:
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+IDS = [f"0a1b2c3d-0000-4000-8000-00000000000{number}" for number in range(6)]
 
 
-@pytest.fixture
-def web(media: Any) -> Iterator[Web]:
-    web = Web(media.jpeg(3))
-    yield web
-    web.close()
+def stage(source: Source, **fetch: Any) -> ShardStage:
+    form = {"num_frames": 1} if source.media == "image" else {}
+    return ShardStage.model_validate({"source": source, "form": form, "fetch": fetch})
 
 
-def stage(web: Web, **fetch: Any) -> ShardStage:
-    asked = {"idle_timeout": 1.0, "total_timeout": 4.0, "retries": 1, "backoff": 0.01, "max_bytes": 10**6} | fetch
-    asked.setdefault("connect_to", {HOST: f"127.0.0.1:{web.port}"})
-    source = FolderSource(name="mine", media="image", folder=".", table=None)
-    form = {"num_frames": 1}
-    return ShardStage.model_validate({"source": source, "form": form, "fetch": asked})
+def lines_of(store: Store, prefix: str = "ledgers/x") -> list[dict[str, Any]]:
+    return [line for name in part_names(store, prefix) for line in read_part(store, prefix, name).to_pylist()]
 
 
-def fetched(config: ShardStage, urls: list[str], tmp_path: Path) -> list[dict[str, Any]]:
-    records = [Record(row, f"k{row}", url, "caption") for row, url in enumerate(urls)]
-    store = LocalStore(tmp_path / "store")
-    fetch_rows(store, "ledgers/x", "part-00000", records, config, tmp_path / "work")
-    return read_part(store, "ledgers/x", "part-00000").to_pylist()
+def bytes_of(store: Store, line: dict[str, Any]) -> bytes:
+    """The medium of a line, by the rule of the ledger."""
+    if "/" in line["blob"]:
+        return read_span(line["blob"], line["offset"], line["size"])
+    return store.read_range(f"ledgers/x/{line['blob']}", line["offset"], line["size"])
 
 
-EXPECTED = {
-    "good": None,
-    "busy": None,
-    "redirect": None,
-    "missing": RejectReason.HTTP_404,
-    "forbidden": RejectReason.HTTP_STATUS,
-    "broken": RejectReason.HTTP_STATUS,
-    "circle": RejectReason.HTTP_STATUS,
-    "html": RejectReason.NOT_MEDIA,
-    "corrupt": RejectReason.UNDECODABLE,
-    "short": RejectReason.TRUNCATED,
-    "huge": RejectReason.TOO_LARGE,
-    "silent": RejectReason.TIMEOUT,
-    "drip": RejectReason.TIMEOUT,
-    "trap": RejectReason.FORBIDDEN_ADDRESS,
-}
+def member(
+    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, len(data), link
+    return info, data
 
 
-def test_every_way_to_fail_has_its_reason_and_good_bytes_are_packed(web: Web, tmp_path: Path) -> None:
-    """Status, length, size, silence, content: each is checked; what passes lies in one blob, as it was sent."""
-    lines = fetched(stage(web), [f"http://{HOST}/{how}-x" for how in EXPECTED], tmp_path)
-    assert {how: line["reason"] for how, line in zip(EXPECTED, lines, strict=True)} == EXPECTED
-    blobs = {line["blob"] for line in lines if line["reason"] is None}
-    assert len(blobs) == 1
-    for line in lines:
-        if line["reason"] is None:
-            key = f"ledgers/x/{line['blob']}"
-            assert LocalStore(tmp_path / "store").read_range(key, line["offset"], line["size"]) == web.picture
-            assert (line["width"], line["height"], line["frames"]) == (96, 64, 1)
-    assert web.asked["/busy-x"] == 2 and web.asked["/broken-x"] == 2 and web.asked["/missing-x"] == 1
-    assert web.hosts == {HOST}, "the Host header is that of the URL"
-    assert not list((tmp_path / "work" / "tmp").iterdir())
+def pack(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
-def test_addresses_inside_a_network_are_refused(web: Web, tmp_path: Path) -> None:
-    """A list of URLs cannot make us ask machines around us, by number, by name or by another scheme."""
-    urls = [
-        f"http://127.0.0.1:{web.port}/good",
-        f"http://localhost:{web.port}/good",
-        f"http://[::ffff:127.0.0.1]:{web.port}/good",
-        "http://169.254.169.254/latest/meta-data",
-        "file:///etc/hostname",
-    ]
-    lines = fetched(stage(web, connect_to={}), urls, tmp_path)
-    assert [line["reason"] for line in lines] == [RejectReason.FORBIDDEN_ADDRESS] * len(urls)
-    assert not web.asked
-    allowed = stage(web, connect_to={f"localhost:{web.port}": f"127.0.0.1:{web.port}"})
-    assert fetched(allowed, urls[1:2], tmp_path / "allowed")[0]["reason"] is None
-
-
-def test_the_ledger_does_not_depend_on_timing(web: Web, tmp_path: Path) -> None:
-    """One request at a time or eight: the same part, byte for byte, and the same blob."""
-    urls = [f"http://{HOST}/{how}-{number}" for number in range(3) for how in ("good", "missing", "busy", "redirect")]
-    found = []
-    for concurrency in (1, 8):
-        place = tmp_path / str(concurrency)
-        fetched(stage(web, concurrency=concurrency), urls, place)
-        web.asked.clear()
-        store = LocalStore(place / "store")
-        found.append({entry.key: store.read(entry.key) for entry in store.list("ledgers/")})
-    assert found[0] == found[1] and len(found[0]) == 2
-
-
-def test_a_server_that_is_not_there_is_a_reason(web: Web, tmp_path: Path) -> None:
-    """Connections that fail are tried again, then told."""
-    config = stage(web, connect_to={HOST: "127.0.0.1:9"})
-    begun = time.monotonic()
-    (line,) = fetched(config, [f"http://{HOST}/good"], tmp_path)
-    assert line["reason"] == RejectReason.CONNECTION
-    assert time.monotonic() - begun < 30
+# ---- files of one's own ----
 
 
 def test_local_files_stay_where_they_are(media: Any, tmp_path: Path) -> None:
-    """Files of a tree are probed and hashed, not copied; one that is missing is a reason."""
+    """Files of a tree are probed and hashed, not copied; one that is missing, or too large, is a reason."""
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "a.mp4").write_bytes(media.mp4(10, 25))
+    (tmp_path / "v" / "c.mp4").write_bytes(bytes(10**6))
     source = FolderSource(name="mine", media="video", folder=str(tmp_path))
     store = LocalStore(tmp_path / "store")
-    records = [Record(0, "a", "v/a.mp4", "x"), Record(1, "b", "v/b.mp4", "x")]
-    fetch_rows(store, "ledgers/x", "part-00000", records, ShardStage(source=source), tmp_path / "work")
-    found, missing = read_part(store, "ledgers/x", "part-00000").to_pylist()
+    records = [Record(row, name, f"v/{name}.mp4", "x") for row, name in enumerate("abc")]
+    counts = fetch_rows(store, "ledgers/x", "part-00000", records, stage(source, max_bytes=10**5), tmp_path / "work")
+    found, missing, large = lines_of(store)
     assert (found["rate"], found["frames"], found["blob"], found["locator"]) == ("25", 10, None, "v/a.mp4")
     assert missing["reason"] == RejectReason.MISSING_FILE
+    assert large["reason"] == RejectReason.TOO_LARGE
     assert [entry.key for entry in store.list("ledgers/")] == ["ledgers/x/part-00000.parquet"]
+    assert (counts.rows, counts.bytes) == (3, found["size"])
+    assert raw_bytes(source, "v/a.mp4") == tmp_path / "v" / "a.mp4"
+    with pytest.raises(MediaError, match="missing_file"):
+        raw_bytes(source, "v/b.mp4")
 
 
-def test_archives_are_read_once_and_joined_by_uuid(media: Any, tmp_path: Path) -> None:
-    """Members are packed in parts that a restart goes on from; what is alone on either side is told; cuts too."""
-    ids = [f"0a1b2c3d-0000-4000-8000-00000000000{number}" for number in range(6)]
-    (tmp_path / "imgs").mkdir()
+def test_a_webvid_tree_may_have_one_more_level(media: Any, tmp_path: Path) -> None:
+    """<part>/<page_dir>/<videoid>.mp4 is found as well as <page_dir>/<videoid>.mp4."""
+    for place in ("000001_000050/1.mp4", "00001/000051_000100/2.mp4"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_bytes(b"x")
+    source = WebVidSource(table="t.csv", videos=str(tmp_path))
+    assert raw_bytes(source, "000001_000050/1.mp4") == tmp_path / "000001_000050/1.mp4"
+    assert raw_bytes(source, "000051_000100/2.mp4") == tmp_path / "00001/000051_000100/2.mp4"
+    with pytest.raises(MediaError, match="missing_file"):
+        raw_bytes(source, "000001_000050/3.mp4")
+
+
+@pytest.mark.s3
+def test_files_in_a_bucket_are_read_where_they_are(media: Any, s3_uri: str, tmp_path: Path) -> None:
+    """An s3 tree gives the facts that a local one gives, and nothing is copied."""
+    data = media.jpeg(1)
+    bucket = open_store(s3_uri)
+    bucket.write("pictures/a.jpg", data)
+    source = FolderSource(name="mine", media="image", folder=f"{s3_uri}/pictures")
+    records = [Record(0, "a", "a.jpg", "x"), Record(1, "b", "b.jpg", "x")]
+    fetch_rows(bucket, "ledgers/x", "part-00000", records, stage(source), tmp_path / "work")
+    found, missing = lines_of(bucket)
+    assert (found["sha256"], found["blob"], found["width"]) == (hashlib.sha256(data).hexdigest(), None, 96)
+    assert missing["reason"] == RejectReason.MISSING_FILE
+    assert raw_bytes(source, "a.jpg") == data
+
+
+# ---- archives of JourneyDB ----
+
+
+def journey(tmp_path: Path) -> JourneyDBSource:
+    return JourneyDBSource(table=str(tmp_path / "anno.jsonl"), archives=str(tmp_path / "imgs"))
+
+
+def test_archives_are_read_once_and_a_restart_goes_on(media: Any, tmp_path: Path) -> None:
+    """Members are packed in parts, known by their UUID; deleted parts come back byte for byte."""
+    pictures = [media.jpeg(number) if number != 2 else media.jpeg(number)[:500] for number in range(5)]
     path = tmp_path / "imgs" / "000.tgz"
-    with tarfile.open(path, "w:gz") as tar:
-        for number in range(5):
-            data = media.jpeg(number) if number != 2 else media.jpeg(number)[:500]
-            member = tarfile.TarInfo(f"000/{ids[number]}.jpg")
-            member.size = len(data)
-            tar.addfile(member, BytesIO(data))
-    table = tmp_path / "anno.jsonl"
-    table.write_text(
-        "\n".join(json.dumps({"img_path": f"./0/{ids[n]}.jpg", "prompt": f"p {n}"}) for n in (5, 0, 1, 2, 3))
-    )
-    source = JourneyDBSource(table=str(table), archives=str(path.parent))
-    config = ShardStage.model_validate({"source": source, "form": {"num_frames": 1}, "fetch": {"part_rows": 2}})
+    pack(path, [member(f"000/{IDS[number]}.jpg", data) for number, data in enumerate(pictures)], "w:gz")
+    config = stage(journey(tmp_path), part_rows=2)
     store = LocalStore(tmp_path / "store")
-    fetch_archive(store, "ledgers/x", 0, path, config, tmp_path / "work")
+    counts = fetch_archive(store, "ledgers/x", 0, str(path), config, tmp_path / "work")
     names = part_names(store, "ledgers/x")
-    assert names == ["part-000-00000", "part-000-00001", "part-000-00002"]
+    assert names == ["part-000000-00000", "part-000000-00001", "part-000000-00002"]
     assert [is_last(store, "ledgers/x", name) for name in names] == [False, False, True]
+    lines = lines_of(store)
+    assert [line["key"] for line in lines] == IDS[:5]
+    assert [line["reason"] for line in lines] == [None, None, RejectReason.UNDECODABLE, None, None]
+    assert all(bytes_of(store, line) == pictures[line["row"]] for line in lines if line["reason"] is None)
+    assert (counts.rows, dict(counts.reasons)) == (5, {"undecodable": 1})
     whole = {entry.key: store.read(entry.key) for entry in store.list("ledgers/")}
     for name in names[1:]:
         store.delete(f"ledgers/x/{name}.parquet")
-    fetch_archive(store, "ledgers/x", 0, path, config, tmp_path / "work", first=1)
+    fetch_archive(store, "ledgers/x", 0, str(path), config, tmp_path / "work", first=1)
     assert {entry.key: store.read(entry.key) for entry in store.list("ledgers/")} == whole
-    rows, alone = collect(store, "ledgers/x", config)
-    assert rows["reason"].to_pylist() == [RejectReason.UNMATCHED_ROW, None, None, RejectReason.UNDECODABLE, None]
-    assert rows["caption"].to_pylist()[1:3] == ["p 0", "p 1"]
-    assert alone["key"].to_pylist() == [ids[4]]
-    path.write_bytes(path.read_bytes()[:-2000])
-    other = LocalStore(tmp_path / "cut")
-    fetch_archive(other, "ledgers/x", 0, path, config, tmp_path / "work")
-    _, alone = collect(other, "ledgers/x", config)
-    assert any("end of archive" in locator for locator in alone["locator"].to_pylist())
+    again = LocalStore(tmp_path / "again")
+    wanted = frozenset({IDS[1], IDS[4]})
+    fetch_archive(again, "ledgers/x", 0, str(path), config, tmp_path / "work", wanted=wanted)
+    assert [line["key"] for line in lines_of(again)] == [IDS[1], IDS[4]]
+    assert not list((tmp_path / "work" / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mode", "end"), [("w", 0.3), ("w", 0.99), ("w", "block"), ("w", "last block"), ("w:gz", 0.3), ("w:gz", 0.99)]
+)
+def test_a_cut_archive_keeps_what_came_before(media: Any, tmp_path: Path, mode: str, end: float | str) -> None:
+    """Cut within a picture, between two, or before the mark of the end: the last row says so, the others stand."""
+    pictures = [media.jpeg(number) for number in range(5)]
+    path = pack(tmp_path / "imgs" / "0.tar", [member(f"{IDS[n]}.jpg", data) for n, data in enumerate(pictures)], mode)
+    data = path.read_bytes()
+    size = sum(512 + -(-len(picture) // 512) * 512 for picture in pictures)
+    if isinstance(end, str):
+        data = data[: size if end == "last block" else 512 + -(-len(pictures[0]) // 512) * 512]
+    else:
+        data = data[: int(end * (size if mode == "w" else len(data)))]
+    path.write_bytes(data)
+    store = LocalStore(tmp_path / "store")
+    fetch_archive(store, "ledgers/x", 0, str(path), stage(journey(tmp_path)), tmp_path / "work")
+    *good, last = lines_of(store)
+    assert last["reason"] == RejectReason.TRUNCATED and "end of archive" in last["locator"]
+    assert last["row"] == len(good) and last["detail"]
+    assert [line["reason"] for line in good] == [None] * len(good)
+    assert len(good) == {"block": 1, "last block": 5, 0.3: 1 if mode == "w" else len(good), 0.99: 4}[end]
+
+
+def test_what_is_no_archive_is_one_row(tmp_path: Path) -> None:
+    """A web page under the name of a tar does not stop the others."""
+    path = tmp_path / "imgs" / "0.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"<!DOCTYPE html>" * 100)
+    store = LocalStore(tmp_path / "store")
+    fetch_archive(store, "ledgers/x", 0, str(path), stage(journey(tmp_path)), tmp_path / "work")
+    assert [line["reason"] for line in lines_of(store)] == [RejectReason.TRUNCATED]
+
+
+# ---- webdataset tars ----
+
+
+def rows_of(path: Path, source: Source, folder: Path) -> list[dict[str, Any]]:
+    """The rows of an archive before they are probed, as a table can hold them."""
+    with open(path, "rb") as file:
+        samples = _Archive(str(path), file, stage(source), folder, None, skip=0).samples()
+        return pa.Table.from_pylist([row_of(sample.record) for sample in samples], SCHEMA).to_pylist()
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_damaged_headers_end_an_archive_and_no_run(media: Any, tmp_path: Path, form: int) -> None:
+    """Whatever stands in a header, rows are numbered without gaps and can be stored; nothing is raised or hangs."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=form) as packed:
+        for number in range(6):
+            for ending, data in (("jpg", media.jpeg(1)[:700]), ("txt", b"a dog"), ("json", b'{"width": 5}')):
+                info, _ = member(f"{'é' * (40 * (number % 2))}{number}.{ending}", data)
+                packed.addfile(info, io.BytesIO(data))
+    whole, rng = tar.getvalue(), random.Random(form)
+    for number in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 8])):
+            block = 512 * rng.randrange(len(data) // 512)
+            data[block + rng.choice([rng.randrange(512), rng.randrange(124, 136), 156])] = rng.choice([0, 255, 48, 129])
+        for block in range(0, len(data) - 511, 512):
+            if data[block + 257 : block + 262] == b"ustar" and number % 3:  # so that the damage is believed
+                data[block + 148 : block + 156] = b" " * 8
+                data[block + 148 : block + 156] = b"%06o\0 " % sum(data[block : block + 512])
+        path = tmp_path / "0.tar"
+        path.write_bytes(data)
+        source = TarSource(name="x", media="image", archives="x") if number % 2 else journey(tmp_path)
+        rows = rows_of(path, source, tmp_path)
+        assert [row["row"] for row in rows] == list(range(len(rows)))
+
+
+def test_a_header_cannot_lead_backwards(media: Any, tmp_path: Path) -> None:
+    """A negative size would make a reader go round for ever."""
+    path = pack(tmp_path / "0.tar", [member("0.jpg", media.jpeg(1)), member("0.txt", b"a dog")])
+    data = bytearray(path.read_bytes())
+    place = data.index(b"0.txt")
+    data[place + 124 : place + 136] = b"\xff" * 10 + b"\xf0\x00"  # -4096, in base 256
+    data[place + 148 : place + 156] = b" " * 8
+    data[place + 148 : place + 156] = b"%06o\0 " % sum(data[place : place + 512])
+    path.write_bytes(data)
+    source = TarSource(name="x", media="image", archives="x")
+    assert rows_of(path, source, tmp_path)[-1]["reason"] == RejectReason.TRUNCATED
+
+
+def hostile(media: Any) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """Samples good and bad, in the order of `EXPECTED`."""
+    said = {"caption": "json says", "width": 96, "height": 64, "PWATERMARK": "0.25", "sha256": "0" * 64, "key": "0",
+            "status": "success", "url": "http://h/0.jpg", "exif": "x" * 5000}  # fmt: skip
+    picture = media.jpeg(1)
+    return [
+        member("0.jpg", picture), member("0.json", json.dumps(said).encode()), member("0.txt", b"text says\n"),
+        member("1.json", b'{"caption": "from json"}'), member("1.png", picture),  # a JPEG, whatever its name
+        member("2.json", b'{"caption": "no medium"}'), member("2.txt", b"no medium"),
+        member("3.jpg", picture),
+        member("4.mp4", media.mp4(4, 8)), member("4.txt", b"a video"),
+        member("5.jpg", b"<html>gone</html>" * 9), member("5.txt", b"a page"),
+        member("0.jpg", picture), member("0.txt", b"again"),
+        member("../6.jpg", picture), member("../6.txt", b"out"),
+        member("/7.jpg", picture), member("/7.txt", b"absolute"),
+        member("8.jpg", kind=tarfile.SYMTYPE, link="/etc/hostname"), member("8.txt", b"a link"),
+        member("9.jpg", kind=tarfile.CHRTYPE), member("9.txt", b"a device"),
+        member("10.pickle", b"cos\nsystem\n(S'false'\ntR."), member("10.pth", picture), member("10.txt", b"code"),
+        member("11.jpg", picture[:700]), member("11.txt", b"damaged"),
+        member("folder", kind=tarfile.DIRTYPE), member("._12.jpg", b"junk"),
+        member("folder/a b.c.jpg", picture), member("folder/a b.c.txt", "caf\u00e9".encode()),
+        member("13.json", b"{broken"), member("13.jpg", picture), member("13.txt", b"still fine"),
+        member("14.jpg", bytes(40_000)), member("14.txt", b"large"),
+    ]  # fmt: skip
+
+
+EXPECTED: list[RejectReason | None] = [
+    None,
+    None,
+    RejectReason.MISSING_FILE,
+    RejectReason.NO_CAPTION,
+    RejectReason.NOT_MEDIA,
+    RejectReason.NOT_MEDIA,
+    RejectReason.DUPLICATE_KEY,
+    RejectReason.UNPARSABLE,
+    RejectReason.UNPARSABLE,
+    RejectReason.UNPARSABLE,
+    RejectReason.UNPARSABLE,
+    RejectReason.MISSING_FILE,
+    RejectReason.UNDECODABLE,
+    None,
+    None,
+    RejectReason.TOO_LARGE,
+]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_each_sample_of_a_tar_is_a_row(media: Any, tmp_path: Path, mode: str) -> None:
+    """Good samples come with captions and scores, bad ones with one reason; of plain tars nothing is copied."""
+    path = pack(tmp_path / "tars" / "00003.tar", hostile(media), mode)
+    source = TarSource(name="theirs", media="image", archives=str(path.parent))
+    store = LocalStore(tmp_path / "store")
+    config = stage(source, part_rows=5, max_bytes=30_000)
+    counts = fetch_archive(store, "ledgers/x", 3, archive_uris(source)[0], config, tmp_path / "work")
+    lines = lines_of(store)
+    assert [line["reason"] for line in lines] == EXPECTED
+    assert [line["row"] for line in lines] == list(range(len(EXPECTED)))
+    assert counts.rows == len(EXPECTED) and sum(counts.reasons.values()) == len(EXPECTED) - EXPECTED.count(None)
+    good = [line for line in lines if line["reason"] is None]
+    assert [line["caption"] for line in good] == ["text says", "from json", "caf\u00e9", "still fine"]
+    assert [line["key"] for line in good][:2] == ["00003/0", "00003/1"]
+    assert len({line["key"] for line in good}) == 4 and all(" " not in line["key"] for line in good)
+    assert all(bytes_of(store, line) == media.jpeg(1) for line in good)
+    assert {line["blob"] == str(path) for line in good} == {mode == "w"}
+    extra = json.loads(good[0]["extra"])
+    assert extra == {"width": 96, "height": 64, "pwatermark": 0.25, "download_sha256": "0" * 64,
+                     "url": "http://h/0.jpg", "caption_from": "txt"}  # fmt: skip
+    assert not (tmp_path / "6.jpg").exists() and not list((tmp_path / "work" / "tmp").iterdir())
+
+
+def test_a_restart_within_a_tar_goes_on(media: Any, tmp_path: Path) -> None:
+    """Parts that are there are skipped without being read; with `wanted`, so is all else."""
+    path = pack(tmp_path / "tars" / "a.tar", hostile(media))
+    source = TarSource(name="theirs", media="image", archives=str(path))
+    config = stage(source, part_rows=4, max_bytes=30_000)
+    whole, rest = LocalStore(tmp_path / "whole"), LocalStore(tmp_path / "rest")
+    fetch_archive(whole, "ledgers/x", 0, str(path), config, tmp_path / "work")
+    fetch_archive(rest, "ledgers/x", 0, str(path), config, tmp_path / "work", first=2)
+    assert lines_of(rest) == lines_of(whole)[8:]
+    some = LocalStore(tmp_path / "some")
+    fetch_archive(some, "ledgers/x", 0, str(path), config, tmp_path / "work", wanted=frozenset({"a/5", "a/13"}))
+    assert [line["row"] for line in lines_of(some)] == [5, 14]
+
+
+def test_laion_tars_take_the_synthetic_caption(media: Any, tmp_path: Path) -> None:
+    """`top_caption` comes before the .txt, which may hold the original."""
+    line = json.dumps({"top_caption": "a red bird", "TEXT": "IMG_1", "similarity": 0.3, "AESTHETIC_SCORE": 6.5})
+    members = [member("1.jpg", media.jpeg(1)), member("1.json", line.encode()), member("1.txt", b"IMG_1")]
+    source = LaionSource(archives=str(pack(tmp_path / "0.tar", members)))
+    store = LocalStore(tmp_path / "store")
+    fetch_archive(store, "ledgers/x", 0, archive_uris(source)[0], stage(source), tmp_path / "work")
+    (row,) = lines_of(store)
+    assert row["caption"] == "a red bird"
+    assert json.loads(row["captions"]) == {"txt": "IMG_1", "top_caption": "a red bird", "text": "IMG_1"}
+    assert json.loads(row["extra"]) == {"similarity": 0.3, "aesthetic": 6.5, "caption_from": "top_caption"}
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tars_in_a_bucket_give_the_same_rows(media: Any, s3_uri: str, tmp_path: Path, mode: str) -> None:
+    """A plain tar in a bucket is read by ranges and referred to there; a packed one is copied into the blob."""
+    path = pack(tmp_path / "00003.tar", hostile(media), mode)
+    open_store(s3_uri).upload(path, "tars/00003.tar")
+    found = []
+    for place in (str(path), f"{s3_uri}/tars"):
+        source = TarSource(name="theirs", media="image", archives=place)
+        store = LocalStore(tmp_path / f"store{len(found)}")
+        config = stage(source, max_bytes=30_000)
+        fetch_archive(store, "ledgers/x", 0, archive_uris(source)[0], config, tmp_path / "work")
+        lines = lines_of(store)
+        assert all(bytes_of(store, line) == media.jpeg(1) for line in lines if line["reason"] is None)
+        found.append([{name: value for name, value in line.items() if name != "blob"} for line in lines])
+        assert {str(line["blob"]).startswith("s3://") for line in lines if line["reason"] is None} == {
+            mode == "w" and place.startswith("s3")
+        }
+    assert found[0] == found[1]
+
+
+def test_large_members_pass_through_files(media: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video beyond what is held in memory gives the same row and the same bytes."""
+    members = [member("v.mp4", media.mp4(30, 25)), member("v.txt", b"a video")]
+    source = TarSource(name="theirs", media="video", archives=str(pack(tmp_path / "0.tar.gz", members, "w:gz")))
+    found = []
+    for limit in (2**23, 100):
+        monkeypatch.setattr("vc2.data.fetch.IN_MEMORY", limit)
+        store = LocalStore(tmp_path / str(limit))
+        fetch_archive(store, "ledgers/x", 0, archive_uris(source)[0], stage(source), tmp_path / "work")
+        found.append({entry.key: store.read(entry.key) for entry in store.list("ledgers/")})
+    assert found[0] == found[1] and len(found[0]) == 2
+    assert not list((tmp_path / "work" / "tmp").iterdir())

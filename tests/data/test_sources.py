@@ -1,15 +1,18 @@
+import gzip
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vc2.data.config import FolderSource, JourneyDBSource, LaionCocoSource, WebVidSource
+from vc2.data.config import FolderSource, JourneyDBSource, LaionSource, WebVidSource, source_digest
 from vc2.data.rejects import RejectReason
-from vc2.data.sources import read_records, split_prompt
+from vc2.data.sources import Seen, language_of, parse_duration, read_records, split_prompt
 from vc2.errors import SourceError
 
 UUID = "0a1b2c3d-0000-4000-8000-00000000000{}"
@@ -36,7 +39,56 @@ def test_webvid_is_read_as_csv_with_every_column_as_text(tmp_path: Path) -> None
         RejectReason.UNPARSABLE,
     ]
     assert [record.row for record in [good, *bad]] == list(range(5))
+    assert good.extra == {"duration": 17.0, "raw_duration": "PT00H00M17S", "page_idx": "1", "url": "http://h/a.mp4"}
     assert next(iter(read_records(WebVidSource(table=str(table))))).locator == "http://h/a.mp4"
+    web = next(iter(read_records(WebVidSource(table=str(table), videos="https://mirror/webvid/"))))
+    assert web.locator == "https://mirror/webvid/000001_000050/0012.mp4"
+
+
+def test_webvid_columns_come_in_any_order_and_repeats_are_counted(tmp_path: Path) -> None:
+    """A URL that an earlier row has is a duplicate; a videoid is one only together with its page_dir."""
+    table = tmp_path / "t.csv.gz"
+    lines = ["contentUrl,name,extra,page_dir,videoid", "http://h/a.mp4,a,x,1_50,7", "http://h/b.mp4,b,x,51_100,7",
+             "http://h/a.mp4,c,x,1_50,8", "http://h/d.mp4,d,x,../..,9", "/etc/hostname,e,x,1_50,10"]  # fmt: skip
+    table.write_bytes(gzip.compress("\n".join(lines).encode("utf-8-sig")))
+    records = list(read_records(WebVidSource(table=str(table))))
+    reasons = [None, None, RejectReason.DUPLICATE_KEY, RejectReason.UNPARSABLE, RejectReason.UNPARSABLE]
+    assert [record.reason for record in records] == reasons
+    assert [record.extra.get("repeated_videoid") for record in records][:2] == [None, True]
+    assert records[2].detail == "an earlier row has the same URL"
+
+
+def test_a_quote_that_is_never_closed_costs_a_row_not_the_memory(tmp_path: Path) -> None:
+    """The field ends at its limit, and so does the row; what follows is read again."""
+    table = tmp_path / "t.csv"
+    body = "".join(f"{number},caption,1_50\n" for number in range(100_000))
+    table.write_text(f'videoid,name,page_dir\na,"open,1_50\n{body}')
+    reasons = Counter(record.reason for record in read_records(WebVidSource(table=str(table), videos=str(tmp_path))))
+    assert reasons[RejectReason.UNPARSABLE] in (1, 2) and reasons[None] > 25_000
+
+
+def test_a_cut_table_fails_as_a_whole(tmp_path: Path) -> None:
+    """A packed table that ends early is not half a source."""
+    rows = "\n".join(f"{number},x,1_50" for number in range(10_000))
+    data = gzip.compress(f"videoid,name,page_dir\n{rows}".encode())
+    (tmp_path / "t.csv.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SourceError, match="not a readable table"):
+        list(read_records(WebVidSource(table=str(tmp_path / "t.csv.gz"), videos=str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("PT00H00M17S", 17.0), ("PT00H01M00S", 60.0), ("PT1H2M3.5S", 3723.5), ("P1DT1S", 86401.0), ("12.5", 12.5)],
+)
+def test_durations_are_seconds(text: str, seconds: float) -> None:
+    """As WebVid writes them, as the standard does, or as plain numbers."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "PT", "P", "soon", "nan"])
+def test_what_is_no_duration_is_none(text: str) -> None:
+    """Not zero."""
+    assert parse_duration(text) is None
 
 
 def test_laion_columns_are_found_by_name_in_any_release(tmp_path: Path) -> None:
@@ -49,12 +101,32 @@ def test_laion_columns_are_found_by_name_in_any_release(tmp_path: Path) -> None:
     new = {"url": ["http://h/3", "http://h/1"], "caption": ["a bird", "again"], "AESTHETIC_SCORE": [6.5, 1.0]}
     for name, columns in (("part-0.parquet", old), ("part-1.parquet", new)):
         pq.write_table(pa.table(columns), tmp_path / name)
-    records = list(read_records(LaionCocoSource(table=str(tmp_path))))
+    records = list(read_records(LaionSource(table=str(tmp_path))))
     assert [record.caption for record in records[:2]] == ["a cat", "alt two"]
     assert records[2].reason is RejectReason.UNPARSABLE
     assert (records[3].caption, records[3].extra["aesthetic"]) == ("a bird", 6.5)
     assert records[4].reason is RejectReason.DUPLICATE_KEY
     assert all("." not in record.key and "/" not in record.key for record in records)
+
+
+def test_scores_have_one_name_whatever_the_release(tmp_path: Path) -> None:
+    """LAION-COCO and LAION-Aesthetics say the same in other words; empty scores and NaN are left out."""
+    coco = {"URL": ["http://h/1", "http://h/2"], "TEXT": ["alt", "alt"], "top_caption": ["a cat", None],
+            "all_captions": [["a", "b"], []], "similarity": [0.3, float("nan")], "pwatermark": [0.1, None],
+            "punsafe": [1e-5, 0.2], "WIDTH": [640, None], "HEIGHT": [480, 1], "LICENSE": ["?", "cc"],
+            "hash": [-5, 6], "SAMPLE_ID": [11, 12]}  # fmt: skip
+    aesthetics = {"url": ["http://h/3"], "caption": ["old"], "TEXT": ["new"], "AESTHETIC_SCORE": [6.5],
+                  "NSFW": ["UNLIKELY"], "sha256": ["AB" * 32]}  # fmt: skip
+    pq.write_table(pa.table(coco), tmp_path / "0.parquet")
+    pq.write_table(pa.table(aesthetics), tmp_path / "1.parquet")
+    one, two, three = read_records(LaionSource(kind="laion-aesthetics", table=str(tmp_path)))
+    assert one.extra == {"similarity": 0.3, "pwatermark": 0.1, "punsafe": 1e-5, "width": 640, "height": 480,
+                         "license": "?", "hash": -5, "sample_id": 11, "caption_from": "top_caption"}  # fmt: skip
+    assert one.captions == {"top_caption": "a cat", "text": "alt"}
+    assert (two.caption, two.extra["caption_from"]) == ("alt", "text")
+    assert not {"similarity", "pwatermark", "width"} & set(two.extra)
+    assert three.caption == "new"
+    assert three.extra["aesthetic"] == 6.5 and three.extra["sha256"] == "ab" * 32
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -106,24 +178,82 @@ def test_own_files_come_with_captions_beside_them(tmp_path: Path) -> None:
     assert [record.locator for record in records] == ["a.jpg", "b dir/ä.b.png", "z.jpg"]
     assert [record.caption for record in records] == ["a lake", "", "a hill"]
     assert records[1].reason is RejectReason.NO_CAPTION
-    assert records[2].extra == {"score": 3}
+    assert records[2].extra == {"score": 3, "caption_from": "text"}
     assert all("." not in record.key and " " not in record.key for record in records)
 
 
-def test_own_tables_name_files_or_urls(tmp_path: Path) -> None:
-    """CSV and JSON lines mean the same; a path that leaves the folder is refused."""
-    (tmp_path / "t.csv").write_text("file,caption,mood\nv/a.mp4,a dog,calm\n../b.mp4,out,\nhttp://h/c.mp4,far,\n")
-    (tmp_path / "t.jsonl").write_text(
-        '{"file": "v/a.mp4", "caption": "a dog", "mood": "calm"}\n'
-        '{"file": "../b.mp4", "caption": "out"}\n{"file": "http://h/c.mp4", "caption": "far"}\n'
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet"])
+def test_own_tables_name_files_or_urls(tmp_path: Path, ending: str) -> None:
+    """All formats mean the same, with any names of columns; a path that leaves the folder is refused."""
+    rows = [("v/a.mp4", "a dog", "calm"), ("../b.mp4", "out", ""), ("http://h/c.mp4", "far", ""),
+            ("v/a.webm", "another", ""), ("", "none", ""), ("v/d.mp4", "", "")]  # fmt: skip
+    names = ("path", "words", "mood")
+    lines = [dict(zip(names, row, strict=True)) for row in rows]
+    table = tmp_path / f"t.{ending}"
+    text = "\n".join(map(json.dumps, lines)).encode()
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(lines), table)
+    elif ending.startswith("jsonl"):
+        table.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    else:
+        delimiter = "," if ending == "csv" else "\t"
+        table.write_text("\n".join(delimiter.join(row) for row in [names, *rows]))
+    columns = {"file_column": "path", "caption_column": "words"}
+    source = FolderSource(name="mine", media="video", folder=str(tmp_path), table=str(table), **columns)
+    records = list(read_records(source))
+    assert [record.reason for record in records] == [
+        None, RejectReason.UNPARSABLE, None, None, RejectReason.UNPARSABLE, RejectReason.NO_CAPTION
+    ]  # fmt: skip
+    assert records[0].key == "v/a" and records[0].extra == {"mood": "calm"}
+    assert records[0].captions == {"words": "a dog"}
+    assert records[3].key != records[0].key, "another file, though it has the same name up to the ending"
+    assert len({record.key for record in records if record.key}) == 4
+
+
+def test_a_poster_beside_a_video_takes_nothing_from_it(tmp_path: Path) -> None:
+    """Files that differ in their endings alone are rows of their own."""
+    for name in ("a.jpg", "a.mp4", "a.txt"):
+        (tmp_path / name).write_text("a dog")
+    records = list(read_records(FolderSource(name="mine", media="video", folder=str(tmp_path))))
+    assert [record.reason for record in records] == [None, None]
+    assert records[1].key == "a"
+
+
+def test_a_file_whose_name_is_no_text_is_a_row(tmp_path: Path) -> None:
+    """Names are bytes to a disk; a table needs text."""
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
+        file.write(b"2")
+    source = FolderSource(name="mine", media="image", folder=str(tmp_path))
+    records = list(read_records(source))
+    assert [record.reason for record in records] == [RejectReason.NO_CAPTION, RejectReason.UNPARSABLE]
+    assert records[1].locator == "caf\\udce9.jpg"
+    assert len(source_digest(source)) == 64
+
+
+def test_half_a_character_does_not_stop_a_run(tmp_path: Path) -> None:
+    """JSON can spell what no UTF-8 file can hold; it is replaced."""
+    (tmp_path / "t.jsonl").write_text('{"file": "a.mp4", "caption": "a \\ud83d dog \\ud83d\\ude00", "mood": "\\udc00"}')
+    (record,) = read_records(
+        FolderSource(name="mine", media="video", folder=str(tmp_path), table=str(tmp_path / "t.jsonl"))
     )
-    read = [
-        list(read_records(FolderSource(name="mine", media="video", folder=str(tmp_path), table=str(tmp_path / name))))
-        for name in ("t.csv", "t.jsonl")
-    ]
-    assert read[0] == read[1]
-    assert [record.reason for record in read[0]] == [None, RejectReason.UNPARSABLE, None]
-    assert read[0][0].extra == {"mood": "calm"}
+    assert record.caption == "a ? dog \N{GRINNING FACE}"
+    record.extra["mood"].encode()
+
+
+def test_the_language_of_a_caption_is_told() -> None:
+    """Well enough for whole sentences."""
+    assert language_of("a woman walks along the beach with her dog at sunset") == "en"
+    assert language_of("eine Frau geht bei Sonnenuntergang mit ihrem Hund am Strand entlang") == "de"
+    assert language_of("\u4e00\u4f4d\u5973\u58eb\u5728\u6d77\u6ee9\u4e0a\u904d\u72d7") == "zh"
+
+
+def test_a_set_of_digests_tells_texts_apart() -> None:
+    """Added once is new, added twice is not."""
+    seen = Seen()
+    texts = [f"text {number}" for number in range(20_000)]
+    assert all(seen.add(text) for text in texts)
+    assert not any(seen.add(text) for text in texts)
 
 
 def test_a_table_of_another_format_fails_as_a_whole(tmp_path: Path) -> None:
@@ -133,4 +263,4 @@ def test_a_table_of_another_format_fails_as_a_whole(tmp_path: Path) -> None:
         list(read_records(WebVidSource(table=str(tmp_path / "t.csv"), videos=str(tmp_path))))
     (tmp_path / "p.parquet").write_bytes(b"not parquet")
     with pytest.raises(SourceError, match="not a readable Parquet"):
-        list(read_records(LaionCocoSource(table=str(tmp_path / "p.parquet"))))
+        list(read_records(LaionSource(table=str(tmp_path / "p.parquet"))))

@@ -3,44 +3,72 @@
 Paths are knobs: what stands in a source's tables is part of the fingerprint by `source_digest`, where they lie is not.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from vc2.artifacts import fingerprint
 from vc2.config import Config, digest, knob
+from vc2.data.places import RawFile, digest_of, find_files, find_tree, local_path, scheme_of, shown
 from vc2.errors import SourceError
 
 __all__ = [
     "STAGE",
     "STAGE_VERSION",
+    "Change",
     "FetchConfig",
+    "Filters",
     "FolderSource",
     "JourneyDBSource",
-    "LaionCocoSource",
+    "LaionSource",
     "LoaderConfig",
+    "LoaderSettings",
     "SampleForm",
     "ShardStage",
     "Source",
+    "TarSource",
     "WebVidSource",
     "archive_files",
+    "archive_stem",
+    "archive_uris",
+    "folder_files",
     "ledger_prefix",
-    "media_files",
+    "shard_fingerprint",
     "source_digest",
     "table_files",
 ]
 
 STAGE = "shard"
-STAGE_VERSION = 1  # raised by hand when the same input gives other shards
+STAGE_VERSION = 2  # raised by hand when the same input gives other shards
 
 SOURCE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
-SIDECARS = (".txt", ".json", ".csv", ".jsonl", ".parquet")  # beside media, never media
+TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SIDECARS = (".txt", ".json", *TABLES)  # beside media, never media
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
 
-class WebVidSource(Config):
+class _Source(Config):
+    """What all sources have. Places may be local paths, `s3://bucket/prefix` or, file by file, `http(s)://` URLs with
+    `{000..127}` for a range of numbers."""
+
+    name: str = Field(pattern=SOURCE_NAME)
+    license: str = "not stated"
+    min_yield: float = knob(0.5, ge=0, le=1, description="share of rows that must become samples")
+
+    @property
+    def by_archive(self) -> bool:
+        """Whether media come out of archives, each read once from its start."""
+        return self.embedded
+
+    @property
+    def embedded(self) -> bool:
+        """Whether archives hold captions too, and so whole rows."""
+        return False
+
+
+class WebVidSource(_Source):
     """WebVid: a CSV with the columns videoid, name, page_dir, contentUrl, and the videos as files or URLs."""
 
     kind: Literal["webvid"] = "webvid"
@@ -48,19 +76,20 @@ class WebVidSource(Config):
     table: str = knob(description="the CSV, or a folder of CSVs")
     videos: str | None = knob(None, description="folder of <page_dir>/<videoid>.mp4; without it contentUrl is fetched")
     license: str = "WebVid terms: non-commercial research, no redistribution; videos belong to their owners"
-    min_yield: float = knob(0.5, ge=0, le=1)
 
     @property
     def media(self) -> Literal["video", "image"]:
         return "video"
 
 
-class LaionCocoSource(Config):
-    """LAION-COCO and its relatives: Parquet parts with URL, top_caption and TEXT; images are fetched."""
+class LaionSource(_Source):
+    """LAION-COCO, LAION-Aesthetics and their relatives: Parquet parts with URL, captions and scores, whose images are
+    fetched; or, in `archives`, the tars that img2dataset made of them."""
 
-    kind: Literal["laion-coco"] = "laion-coco"
+    kind: Literal["laion-coco", "laion-aesthetics"] = "laion-coco"
     name: str = Field(default="laion-coco", pattern=SOURCE_NAME)
-    table: str = knob(description="a Parquet file, or a folder of them")
+    table: str | None = knob(None, description="a Parquet file, or a folder of them")
+    archives: str | None = knob(None, description="folder of tars made by img2dataset, in place of `table`")
     license: str = "captions CC-BY-4.0 (LAION); images belong to their owners"
     min_yield: float = knob(0.2, ge=0, le=1)
 
@@ -68,8 +97,18 @@ class LaionCocoSource(Config):
     def media(self) -> Literal["video", "image"]:
         return "image"
 
+    @property
+    def embedded(self) -> bool:
+        return self.archives is not None
 
-class JourneyDBSource(Config):
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "LaionSource":
+        if (self.table is None) == (self.archives is None):
+            raise ValueError(f"source {self.name}: give either `table` (images are fetched) or `archives` (ready tars)")
+        return self
+
+
+class JourneyDBSource(_Source):
     """JourneyDB: JSON lines and numbered .tgz archives of pictures, joined by the UUID in the file names."""
 
     kind: Literal["journeydb"] = "journeydb"
@@ -80,31 +119,46 @@ class JourneyDBSource(Config):
         default="prompt", description="prompt, or the caption written for it (Task2)"
     )
     license: str = "JourneyDB terms: non-commercial research, no redistribution"
-    min_yield: float = knob(0.5, ge=0, le=1)
 
     @property
     def media(self) -> Literal["video", "image"]:
         return "image"
 
+    @property
+    def by_archive(self) -> bool:
+        return True
 
-class FolderSource(Config):
+
+class TarSource(_Source):
+    """Any webdataset tars, such as those that video2dataset and img2dataset write: members `<key>.mp4` or `<key>.jpg`
+    with `<key>.txt` (the caption) and `<key>.json` (captions, scores, whatever else) beside them."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    media: Literal["video", "image"]
+    archives: str = knob(description="folder of tars, one tar, or a range {00000..00099}.tar")
+
+    @property
+    def embedded(self) -> bool:
+        return True
+
+
+class FolderSource(_Source):
     """Your own videos or images.
 
-    With a table (CSV or JSON lines with the columns `file` and `caption`; `file` is a path below `folder` or a URL),
-    or without: then every file below `folder` is a row and its caption stands in a .txt (or the field `caption` of a
-    .json) of the same name.
+    With a table (CSV, TSV, Parquet or JSON lines with the columns `file` and `caption`; `file` is a path below `folder`
+    or a URL; `sha256` or `md5`, where given, must be that of the file), or without: then every file below `folder` is a
+    row and its caption stands in a .txt (or the field `caption` of a .json) of the same name.
     """
 
     kind: Literal["folder"] = "folder"
-    name: str = Field(pattern=SOURCE_NAME)
     media: Literal["video", "image"]
     folder: str = knob(description="where the files lie")
-    table: str | None = knob(None, description="CSV or JSON lines: file, caption, and whatever else is worth keeping")
-    license: str = "not stated"
-    min_yield: float = knob(0.5, ge=0, le=1)
+    table: str | None = knob(None, description="table of file, caption, and whatever else is worth keeping")
+    file_column: str = Field("file", description="name of the column with the path or URL")
+    caption_column: str = Field("caption", description="name of the column with the caption")
 
 
-Source = Annotated[WebVidSource | LaionCocoSource | JourneyDBSource | FolderSource, Field(discriminator="kind")]
+Source = Annotated[WebVidSource | LaionSource | JourneyDBSource | TarSource | FolderSource, Field(discriminator="kind")]
 
 
 class FetchConfig(Config):
@@ -120,12 +174,22 @@ class FetchConfig(Config):
     max_pixels: int = Field(
         default=100_000_000, gt=0, description="of an image or a frame: guards against decompression bombs"
     )
+    opt_out: bool = Field(
+        True,
+        description="leave out media whose answer says noai, noimageai, noindex, noimageindex or tdm-reservation: 1",
+    )
     probe_seconds: float = Field(default=30, gt=0, description="deadline for one file")
     part_rows: int = Field(default=1000, ge=1, description="rows of a ledger part, the unit of commit")
     backoff: float = knob(0.5, ge=0, description="first wait between attempts; doubles, with jitter")
     concurrency: int = knob(32, ge=1, description="requests at a time per worker")
+    per_host: int = knob(8, ge=1, description="requests at a time per worker to one host")
+    host_interval: float = knob(0.0, ge=0, description="least time between the starts of requests to one host")
     user_agent: str = knob("vc2 (dataset preparation)")
     connect_to: dict[str, str] = knob({}, description='"host[:port]" of a URL -> "address:port" to connect to instead')
+    allow_hosts: tuple[str, ...] = knob(
+        (),
+        description='hosts ("name" or "name:port") of your own network that URLs may name; others there are refused',
+    )
 
 
 class SampleForm(Config):
@@ -137,13 +201,54 @@ class SampleForm(Config):
     min_stride: int = Field(default=1, ge=1)
     max_stride: int = Field(default=6, ge=1)
     clips_per_video: int = Field(default=1, ge=1)
-    min_side: int = Field(default=32, ge=1, description="shorter side that a source must have, pixels")
-    min_caption: int = Field(default=3, ge=1, description="characters")
+    short_clip: Literal["stride", "hold", "reject"] = Field(
+        "stride",
+        description="a video too short for the stride drawn: take the largest stride that fits, hold its last frame, "
+        "or reject it; one too short for min_stride is rejected unless held",
+    )
+    codec: Literal["jpeg", "x264"] = Field(
+        "jpeg", description="of clips: JPEG frames (fast, each on its own) or an H.264 file (a third of the bytes)"
+    )
+    jpeg_quality: int = Field(default=95, ge=50, le=100)
+    x264_crf: int = Field(default=15, ge=0, le=40, description="smaller: better")
 
     @model_validator(mode="after")
     def _strides_in_order(self) -> "SampleForm":
         if self.min_stride > self.max_stride:
             raise ValueError(f"min_stride {self.min_stride} is above max_stride {self.max_stride}")
+        if self.codec == "x264" and (self.width % 2 or self.height % 2):
+            raise ValueError(f"{self.width} x {self.height} pixels: codec x264 needs even sides")
+        return self
+
+
+class Filters(Config):
+    """What a row must be like to become a sample. None: no limit. A score that the source does not give passes."""
+
+    min_side: int = Field(default=32, ge=1, description="shorter side of the source, pixels")
+    max_aspect: float | None = Field(default=None, ge=1, description="longer side over shorter, as shown")
+    min_duration: float | None = Field(default=None, ge=0, description="of a video, seconds")
+    max_duration: float | None = Field(default=None, gt=0, description="of a video, seconds")
+    min_caption: int = Field(default=3, ge=1, description="characters")
+    max_caption: int | None = Field(default=None, ge=1, description="characters")
+    languages: tuple[str, ...] = Field((), description="ISO 639-1 codes a caption may be in; empty: any")
+    max_pwatermark: float | None = Field(default=None, ge=0, le=1, description="probability of a watermark (LAION)")
+    max_punsafe: float | None = Field(default=None, ge=0, le=1, description="probability of unsafe content (LAION)")
+    min_similarity: float | None = Field(default=None, description="of picture and caption (LAION: CLIP)")
+    min_aesthetic: float | None = Field(default=None, description="aesthetic score (LAION-Aesthetics: 1 to 10)")
+    min_motion: float | None = Field(
+        default=0.02, ge=0, description="a clip whose frames differ less is still: mean luma difference, 0 to 255"
+    )
+    cuts: Literal["keep", "reject"] = Field("keep", description="clips with a cut inside")
+    near_duplicate_bits: int | None = Field(
+        default=3, ge=0, le=7, description="perceptual hashes of 64 bits that differ in as many mark a near duplicate"
+    )
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> "Filters":
+        for low, high in (("min_duration", "max_duration"), ("min_caption", "max_caption")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least} is above {high} {most}")
         return self
 
 
@@ -152,9 +257,10 @@ class ShardStage(Config):
 
     source: Source
     form: SampleForm = SampleForm()
+    filters: Filters = Filters()
     fetch: FetchConfig = FetchConfig()
+    limit: int | None = Field(None, ge=1, description="only the first rows of the source, in its order")
     samples_per_shard: int = Field(default=1000, ge=1, description="slots of a shard")
-    jpeg_quality: int = Field(default=95, ge=50, le=100)
     decoder: Literal["decord", "pyav"] = Field(
         default="decord", description="PyAV stands in where decord does not install"
     )
@@ -173,7 +279,41 @@ class ShardStage(Config):
         return self
 
 
-class LoaderConfig(Config):
+class Change(Config):
+    """How a set differs from its parent."""
+
+    kind: Literal["grow", "retry", "remove"]
+    parent: str  #: fingerprint
+    reasons: tuple[str, ...] = ()  #: retry: of the rejects that are tried again
+    removals: str = ""  #: remove: sha256 of the list, which is an object of the store
+
+
+class LoaderSettings(Config):
+    """How samples are mixed, shuffled and brought in."""
+
+    weights: dict[str, float] = Field(
+        {}, description="source -> weight among the sources of its kind; empty: each sample as often as any other"
+    )
+    shuffle_shards: int = Field(8, ge=1, description="shards whose samples are shuffled among each other")
+    cache_dir: str | None = knob(
+        None,
+        description="folder on a local disk for indexes and shards, shared by all ranks; default: in the work folder",
+    )
+    cache_gib: float = knob(0.0, ge=0, description="shards of a remote store kept in cache_dir; 0: ranged reads alone")
+    threads: int = knob(4, ge=1, description="threads per rank that read and decode ahead, at most one a core")
+    prefetch_mib: int = knob(256, ge=0, description="frames per rank that are read ahead")
+    decode_seconds: float = knob(60, gt=0, description="deadline for a clip out of somebody else's tar")
+
+    @field_validator("weights")
+    @classmethod
+    def _above_zero(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not (math.isfinite(weight) and weight >= 1e-6):
+                raise ValueError(f"weight of {name!r} must be a number of at least 0.000001; leave the set out instead")
+        return value
+
+
+class LoaderConfig(LoaderSettings):
     """Which samples make up the batch of a step."""
 
     batch_size: int = Field(ge=1, description="samples of a step over all ranks")
@@ -191,108 +331,136 @@ class LoaderConfig(Config):
 # ---- where raw data lies, and its digest ----
 
 
-def table_files(source: Source) -> list[Path]:
-    """The tables of a source, in order.
+def table_files(source: Source) -> list[RawFile]:
+    """The tables of a source, in order; none if it does without.
 
     Raises:
-        SourceError: If there are none.
+        SourceError: If there should be some and are none.
     """
     endings = {
-        "webvid": (".csv",),
+        "webvid": (".csv", ".csv.gz"),
         "laion-coco": (".parquet",),
-        "journeydb": (".jsonl", ".jsonl.tgz", ".tgz", ".tar.gz"),
-        "folder": (".csv", ".jsonl"),
-    }[source.kind]
-    if source.table is None:
+        "laion-aesthetics": (".parquet",),
+        "journeydb": (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".tgz", ".tar.gz"),
+        "folder": TABLES,
+    }
+    table = None if isinstance(source, TarSource) else source.table
+    return find_files(table, endings[source.kind], f"source {source.name}: table") if table is not None else []
+
+
+def archive_files(source: Source) -> list[RawFile]:
+    """The archives that hold the media of a source, in order of their names; none if it has no archives.
+
+    Raises:
+        SourceError: If there should be some and are none, or two would give the same keys.
+    """
+    if not isinstance(source, JourneyDBSource | TarSource | LaionSource) or source.archives is None:
         return []
-    return _files(source, "table", source.table, endings)
-
-
-def archive_files(source: JourneyDBSource) -> list[Path]:
-    """The image archives, in order of their names."""
-    tables = {path.resolve() for path in table_files(source)}
-    found = _files(source, "archives", source.archives, (".tgz", ".tar.gz", ".tar"))
-    found = [path for path in found if path.resolve() not in tables]
+    role = f"source {source.name}: archives"
+    tables = {file.uri for file in table_files(source)}
+    found = [file for file in find_files(source.archives, ARCHIVES, role) if file.uri not in tables]
     if not found:
-        raise SourceError(f"source {source.name}: archives {source.archives} holds no image archive beside the table")
+        raise SourceError(f"{role} {source.archives} holds no archive of media beside the table")
+    stems: dict[str, str] = {}
+    for file in found:
+        if source.embedded and (other := stems.setdefault(archive_stem(file.name), file.uri)) != file.uri:
+            raise SourceError(
+                f"{role}: {other} and {file.uri} have the same name, which makes the keys of their samples"
+            )
     return found
 
 
-def media_files(source: FolderSource) -> list[Path]:
-    """All files below the folder that may be media, in order of their relative paths; hidden ones left out."""
-    root = _folder(source, "folder", source.folder)
-    found = (path for path in root.rglob("*") if path.is_file() and path.suffix.lower() not in SIDECARS)
-    seen = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    if not seen:
-        raise SourceError(f"source {source.name}: no file below folder {root}; check the path")
-    return sorted(seen, key=lambda path: path.relative_to(root).as_posix())
+def archive_uris(source: Source) -> list[str]:
+    """Where the archives of a source lie, in order; see `archive_files`."""
+    return [file.uri for file in archive_files(source)]
 
 
-def source_digest(source: Source) -> str:
+def archive_stem(name: str) -> str:
+    """The name of an archive without folder and ending."""
+    name = name.rpartition("/")[2]
+    ending = next((ending for ending in ARCHIVES if name.lower().endswith(ending)), "")
+    return name[: len(name) - len(ending)]
+
+
+def folder_files(source: FolderSource) -> tuple[list[RawFile], list[RawFile]]:
+    """Files below the folder in order of their relative paths, hidden ones left out: those that may be media, and the
+    captions and tables beside them.
+
+    Raises:
+        SourceError: If nothing there may be media.
+    """
+    role = f"source {source.name}: folder"
+    media, beside = [], []
+    for file in find_tree(source.folder, role):
+        (beside if file.name.lower().endswith(SIDECARS) else media).append(file)
+    if not media:
+        raise SourceError(f"{role} {source.folder}: {len(beside)} files, none of them media")
+    return media, beside
+
+
+def source_digest(source: Source, cache: Path | None = None) -> str:
     """What a source is made of, as far as it can be told without opening media: the input of a stage's fingerprint.
 
-    sha256 over names and bytes of the tables; names and sizes of archives; and, for a folder without a table, names
-    and sizes of all files and the bytes of its captions.
+    Content (see `places.digest_of`) and names of the tables; names and sizes of archives; and, for a folder without a
+    table, names and sizes of all files and the content of its captions.
+
+    Args:
+        source: The source.
+        cache: Folder where digests of large tables are remembered.
 
     Raises:
         SourceError: If a path of the source is wrong.
     """
-    parts: list[Any] = [["table", path.name, _sha256(path)] for path in table_files(source)]
+    parts: list[Any] = [["table", shown(file.name), digest_of(file, cache)] for file in table_files(source)]
+    parts += [["archive", shown(file.name), file.size] for file in archive_files(source)]
     if isinstance(source, WebVidSource) and source.videos is not None:
-        _folder(source, "videos", source.videos)
-    if isinstance(source, JourneyDBSource):
-        parts += [["archive", path.name, path.stat().st_size] for path in archive_files(source)]
+        _check_folder(source, "videos", source.videos)
     if isinstance(source, FolderSource):
-        root = _folder(source, "folder", source.folder)
-        if source.table is None:
-            parts += [["file", path.relative_to(root).as_posix(), path.stat().st_size] for path in media_files(source)]
-            captions = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in (".txt", ".json"))
-            parts += [
-                ["caption", path.relative_to(root).as_posix(), _sha256(path)] for path in captions if path.is_file()
-            ]
+        if source.table is not None:
+            _check_folder(source, "folder", source.folder)
+        else:
+            media, beside = folder_files(source)
+            parts += [["file", shown(file.name), file.size] for file in media]
+            captions = (file for file in beside if file.name.lower().endswith((".txt", ".json")))
+            parts += [["caption", shown(file.name), digest_of(file)] for file in captions]
     return digest({"kind": source.kind, "parts": parts})
 
 
-def ledger_prefix(config: ShardStage, repeat: int = 0) -> str:
-    """Where the ledger of a stage lies in the store: shared by all stages that would fetch the same in the same way."""
+def _check_folder(source: Source, role: str, place: str) -> None:
+    if not scheme_of(place) and not local_path(place).is_dir():
+        raise SourceError(f"source {source.name}: {role} {place} is not a folder; check the path")
+
+
+def ledger_prefix(config: ShardStage, repeat: int = 0, change: str = "") -> str:
+    """Where the ledger of a stage lies in the store: shared by all stages that would fetch the same in the same way.
+
+    Args:
+        config: The stage.
+        repeat: Raised to fetch once more.
+        change: Digest of the change that a later generation is made by.
+    """
     asked = {
         "tables": source_digest(config.source),
         "source": config.source.identity(),
         "fetch": config.fetch.identity(),
+        "limit": config.limit,
         "repeat": repeat,
+        "change": change,
     }
     return f"ledgers/{config.source.name}/{digest(asked)}"
 
 
-def _files(source: Source, role: str, place: str, endings: tuple[str, ...]) -> list[Path]:
-    path = Path(place).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise SourceError(
-            f"source {source.name}: {role} {path} does not exist; give a file or a folder ({' '.join(endings)})"
-        )
-    found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name.lower().endswith(endings))
-    if not found:
-        raise SourceError(f"source {source.name}: {role} {path} holds no file ending in {' or '.join(endings)}")
-    return found
+def shard_fingerprint(
+    stage: str, config: ShardStage, source: str, *, change: Change | None = None, repeat: int = 0
+) -> str:
+    """Name of a shard set.
 
-
-def _folder(source: Source, role: str, place: str) -> Path:
-    path = Path(place).expanduser()
-    if not path.is_dir():
-        raise SourceError(f"source {source.name}: {role} {path} is not a folder; check the path")
-    return path
-
-
-def _sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    for chunk in _chunks(path):
-        sha256.update(chunk)
-    return sha256.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(8 * 2**20):
-            yield chunk
+    Args:
+        stage: Of the DAG, such as `shard/webvid`.
+        config: The stage.
+        source: Digest of the source.
+        change: How it differs from its parent; None: made from scratch.
+        repeat: Raised to make the same set once more.
+    """
+    inputs = {"source": source} | ({"change": digest(change.identity())} if change else {})
+    return fingerprint(stage, STAGE_VERSION, config, inputs, repeat)

@@ -1,55 +1,73 @@
 """Fetch and probe: bytes are brought in, checked before they are believed, and entered in the ledger with a reason if
 they fail.
 
-Nothing about the outcome depends on the order in which answers arrive: rows are written in their own order, bytes
-packed likewise.
+Rows of tables name their media one by one, by URL (see `web`) or as files of their own. Archives are read once, from
+start to end; nothing in them is unpacked under its own name, and what a medium is, its bytes tell. Members of plain
+tars stay where they are; those of compressed ones, and what came over the network, lie in the blob of the part.
 
-A download counts only with status 200, the announced length, a size within the limit, and a content that opens as
-what it should be. 429, 5xx, broken connections and short bodies are tried again, later and later, or when
-`Retry-After` says so, as long as the row's total time allows. Redirects are followed by hand, five at most, so that
-each address is checked: nobody's URL list may make us talk to addresses inside the network we run in (loopback,
-private, link-local), unless `connect_to` names the host.
+Nothing about the outcome depends on the order in which answers arrive: rows are written in their own order, bytes
+packed likewise. Hashing goes along with reading; while one file is probed, others are on their way.
 """
 
 import asyncio
-import email.utils
+import errno
 import hashlib
-import ipaddress
 import os
 import platform
-import random
+import re
 import shutil
-import socket
 import tarfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from typing import IO, Any, BinaryIO, Self
 
-from vc2.data.config import FetchConfig, FolderSource, ShardStage, WebVidSource
+from vc2.data.config import ShardStage, Source, WebVidSource
 from vc2.data.decode import Decoder, MediaError, shared_decoder, sniff
 from vc2.data.ledger import row_of, write_part
+from vc2.data.places import is_url, local_path, open_file, s3_place, scheme_of, shown
 from vc2.data.rejects import RejectReason
-from vc2.data.sources import Record, is_url, media_key
-from vc2.seeding import derive_seed
+from vc2.data.sources import LARGEST_SIDECAR, Record, Seen, media_key, safe_name, sample_key, tar_record
+from vc2.errors import StoreError
 from vc2.storage import Store, file_digest
 
-if TYPE_CHECKING:
-    import aiohttp
+__all__ = ["Counts", "fetch_archive", "fetch_rows", "raw_bytes", "workplace"]
 
-__all__ = ["download", "fetch_archive", "fetch_rows", "local_file", "workplace"]
+HEAD = 32  # bytes that tell what a file is
+IN_MEMORY = 8 * 2**20  # bytes of a member that are held in memory; a larger one goes to a file
+WAITING = 2 * 2**30  # bytes of files that may wait for those of earlier rows
+AHEAD = 8  # members that are read while one is probed
+PAGE_DIR = re.compile(r"\d+_\d+")  # a folder of WebVid
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, OverflowError)  # of an archive
+READERS = 4  # threads that read files of a local tree or a bucket
+NEVER_MEDIA = frozenset(  # endings of members that are not even looked at: code in disguise, sound
+    {"pyd", "pickle", "pkl", "pth", "pt", "m4a", "mp3", "wav", "flac", "aac", "ogg", "opus"}
+)
 
-MOST_REDIRECTS = 5
-CHUNK = 2**16
-HEAD = 32  # bytes that tell what a body is
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one call brought in."""
+
+    rows: int
+    bytes: int  #: of media, usable or not
+    reasons: Mapping[str, int]  #: rows by reason; usable ones are not among them
 
 
 @contextmanager
 def workplace(work: Path) -> Iterator[Path]:
-    """A temporary folder below `work` that goes away at the end; those of killed processes go with it."""
+    """A temporary folder below `work` that goes away at the end; those of killed processes go with it.
+
+    Raises:
+        StoreError: If the disk is full.
+    """
     root = work / "tmp"
     root.mkdir(parents=True, exist_ok=True)
     host = platform.node()  # the folder may be shared: whether a process of another machine lives cannot be told
@@ -60,6 +78,10 @@ def workplace(work: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(f"{root}: no space left for temporary files; free some or choose another --work") from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,326 +96,489 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def fetch_rows(store: Store, prefix: str, name: str, records: list[Record], config: ShardStage, work: Path) -> None:
-    """Fetch and probe some rows of the tables and commit them as a part of the ledger."""
-    decoder = shared_decoder(config.fetch.probe_seconds, config.fetch.max_pixels)
-    with workplace(work) as folder:
-        found = asyncio.run(_fetch_all(records, config, folder, decoder))
-        blob = folder / "blob"
-        rows = [row_of(record, **facts) for record, facts in zip(records, found, strict=True)]
-        with open(blob, "wb") as packed:
-            for row in rows:
-                body = folder / str(row["row"])
-                if row["reason"] is None and body.exists():
-                    row["offset"] = packed.tell()
-                    with open(body, "rb") as file:
-                        shutil.copyfileobj(file, packed)
-        write_part(store, prefix, name, rows, blob)
+def _counts(rows: list[dict[str, Any]]) -> Counts:
+    reasons = Counter(row["reason"] for row in rows if row["reason"] is not None)
+    return Counts(len(rows), sum(row["size"] or 0 for row in rows), dict(reasons))
 
 
-def fetch_archive(
-    store: Store, prefix: str, number: int, path: Path, config: ShardStage, work: Path, *, first: int = 0
-) -> None:
-    """Read an image archive once from its start, probe its members and commit them in parts.
+# ---- rows of tables ----
+
+
+def fetch_rows(store: Store, prefix: str, name: str, records: list[Record], config: ShardStage, work: Path) -> Counts:
+    """Fetch and probe some rows of the tables and commit them as a part of the ledger.
 
     Args:
         store: Where.
         prefix: Folder of the ledger.
-        number: Place of the archive among the archives.
-        path: The .tgz.
+        name: Of the part.
+        records: The rows; those that have a reason already keep it.
         config: The stage.
         work: For temporary files.
-        first: Parts of this archive that are there already.
     """
-    size = config.fetch.part_rows
     decoder = shared_decoder(config.fetch.probe_seconds, config.fetch.max_pixels)
     with workplace(work) as folder:
-        members = _members(path, config.fetch.max_bytes, skip=first * size)
-        part, waiting = first, next(members, None)
-        while True:
-            blob, rows = folder / "blob", []
-            with open(blob, "wb") as packed:
-                while waiting is not None and len(rows) < size:
-                    row = _probed_member(path, part * size + len(rows), *waiting, decoder)
-                    if row["reason"] is None:
-                        row["offset"] = packed.tell()
-                        packed.write(waiting[1])
-                    rows.append(row)
-                    waiting = next(members, None)
-            write_part(store, prefix, f"part-{number:03d}-{part:05d}", rows, blob, last=waiting is None)
-            if waiting is None:
-                return
-            part += 1
+        blob = folder / "blob"
+        with open(blob, "wb") as packed:
+            rows = asyncio.run(_Part(config, folder, packed, decoder).fetch(records))
+        write_part(store, prefix, name, rows, blob)
+    return _counts(rows)
 
 
-def _members(path: Path, max_bytes: int, skip: int) -> Iterator[tuple[str, bytes, RejectReason | None]]:
-    """Name and bytes of the files in an archive, from number `skip`. A damaged archive ends early, and says so."""
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A file that is here, whole."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+class _Part:
+    """The rows of a part on their way. Files arrive side by side, one child probes them, and they are packed in the
+    order of their rows."""
+
+    def __init__(self, config: ShardStage, folder: Path, packed: BinaryIO, decoder: Decoder) -> None:
+        self.config, self.folder, self.packed, self.decoder = config, folder, packed, decoder
+        self.rows: list[dict[str, Any]] = []
+        self.waiting: deque[tuple[Record, asyncio.Task[dict[str, Any]]]] = deque()  # in order, to be packed
+        self.busy: set[asyncio.Task[dict[str, Any]]] = set()
+        self.here = 0  # bytes that wait for an earlier row
+
+    async def fetch(self, records: list[Record]) -> list[dict[str, Any]]:
+        """The rows of the ledger."""
+        from vc2.data.web import Web
+
+        with ThreadPoolExecutor(1) as self.probing, ThreadPoolExecutor(READERS) as self.reading:
+            async with Web(self.config.fetch) as self.web:
+                try:
+                    for record in records:
+                        await self._start(record)
+                    while self.waiting:
+                        await asyncio.wait([self.waiting[0][1]])
+                        self._pack()
+                finally:
+                    for task in self.busy:
+                        task.cancel()
+                    await asyncio.gather(*self.busy, return_exceptions=True)
+        return self.rows
+
+    async def _start(self, record: Record) -> None:
+        while self.busy and (len(self.busy) >= 8 * self.config.fetch.concurrency or self.here > WAITING):
+            await asyncio.wait(self.busy, return_when=asyncio.FIRST_COMPLETED)
+            self._pack()
+        task = asyncio.create_task(self._row(record))
+        self.waiting.append((record, task))
+        self.busy.add(task)
+        task.add_done_callback(self.busy.discard)
+
+    async def _row(self, record: Record) -> dict[str, Any]:
+        """What was found for a row, or why it is of no use. A good file that is to be packed is left in its place."""
+        if record.reason is not None:
+            return {}
+        path = self.folder / str(record.row)
+        loop = asyncio.get_running_loop()
+        try:
+            if is_url(record.locator):
+                body = await self.web.download(record.locator, path, seed=record.key)
+                file = _Arrived(path, body.size, body.sha256)
+            else:
+                file = await loop.run_in_executor(self.reading, _bring, self.config, record.locator, path)
+            _check_promise(record, file)
+            found = await loop.run_in_executor(self.probing, _probed, self.decoder, self.config.source.media, file)
+        except MediaError as error:
+            found: dict[str, Any] = {"reason": str(error.reason), "detail": error.detail}
+        if found["reason"] is None and is_url(record.locator):
+            self.here += found["size"]
+        else:
+            path.unlink(missing_ok=True)
+        return found
+
+    def _pack(self) -> None:
+        """Take over the rows that are finished, as far as all before them are."""
+        while self.waiting and self.waiting[0][1].done():
+            record, task = self.waiting.popleft()
+            row = row_of(record, **task.result())
+            path = self.folder / str(record.row)
+            if row["reason"] is None and path.exists():
+                row["offset"] = self.packed.tell()
+                self.here -= row["size"]
+                _append(path, self.packed)
+            self.rows.append(row)
+
+
+def _append(path: Path, packed: BinaryIO) -> None:
+    with open(path, "rb") as file:
+        shutil.copyfileobj(file, packed, 2**20)
+    path.unlink()
+
+
+def _bring(config: ShardStage, locator: str, path: Path) -> _Arrived:
+    """A file of the source's own, hashed; one in a bucket is copied to `path`."""
+    place = _place(config.source, locator)
+    if isinstance(place, Path):
+        return _Arrived(place, *_digest(place, config))
+    store, key = s3_place(place)
     try:
-        with tarfile.open(path, "r|*") as tar:
-            number = -1
-            for member in tar:
-                if not member.isfile():
-                    continue
-                number += 1
-                if number < skip:
-                    continue
-                if member.size > max_bytes:
-                    yield member.name, b"", RejectReason.TOO_LARGE
-                    continue
-                content = tar.extractfile(member)
-                yield member.name, content.read() if content else b"", None
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield f"(end of archive: {type(error).__name__})", b"", RejectReason.TRUNCATED
+        if (entry := store.entry(key)) is None:
+            raise MediaError(RejectReason.MISSING_FILE, "no such object below the source's folder")
+        if entry.size > config.fetch.max_bytes:
+            raise MediaError(RejectReason.TOO_LARGE, f"{entry.size} bytes")
+        found = store.download(key, path)
+    except (StoreError, KeyError) as error:
+        raise MediaError(RejectReason.CONNECTION, str(error)[:200]) from None
+    return _Arrived(path, found.size, found.sha256)
 
 
-def _probed_member(
-    path: Path, number: int, name: str, data: bytes, reason: RejectReason | None, decoder: Decoder
-) -> dict[str, Any]:
-    record = Record(number, media_key(name) or "", f"{path.name}/{name.removeprefix('./')}")
-    if reason is not None:
-        return row_of(record, reason=str(reason), detail="")
-    return row_of(record, **_probed(decoder, "image", data, hashlib.sha256(data).hexdigest(), len(data)))
+def _digest(path: Path, config: ShardStage) -> tuple[int, str]:
+    try:
+        if (size := path.stat().st_size) > config.fetch.max_bytes:
+            raise MediaError(RejectReason.TOO_LARGE, f"{size} bytes")
+        found = file_digest(path)
+    except OSError as error:
+        raise MediaError(RejectReason.MISSING_FILE, error.strerror or "unreadable") from None
+    return found.size, found.sha256
 
 
-def _probed(decoder: Decoder, media: Any, source: Path | bytes, sha256: str, size: int) -> dict[str, Any]:
-    found = {"sha256": sha256, "size": size, "reason": None, "detail": ""}
+def _check_promise(record: Record, file: _Arrived) -> None:
+    """Compare a file with the hash that its row gives, if it gives one."""
+    for name in ("sha256", "md5"):
+        if (promised := record.extra.get(name)) is None:
+            continue
+        found = file.sha256 if name == "sha256" else _md5(file.path)
+        if found != promised:
+            raise MediaError(RejectReason.HASH_MISMATCH, f"{name} {found[:12]}, its row says {str(promised)[:12]}")
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _probed(decoder: Decoder, media: Any, file: "_Arrived | _Sample") -> dict[str, Any]:
+    """What a probe finds out about a file, as columns of the ledger."""
+    found = {"sha256": file.sha256, "size": file.size, "reason": None, "detail": ""}
+    source = file.path if isinstance(file, _Arrived) else file.body
     try:
         return found | decoder.probe(media, source).as_dict()
     except MediaError as error:
         return found | {"reason": str(error.reason), "detail": error.detail}
 
 
-# ---- rows ----
+# ---- files of their own ----
 
 
-async def _fetch_all(records: list[Record], config: ShardStage, folder: Path, decoder: Decoder) -> list[dict[str, Any]]:
-    """What was found for each record. Downloads run side by side; one child decodes what has arrived."""
-    loop = asyncio.get_running_loop()
-    gate = asyncio.Semaphore(config.fetch.concurrency)
-    with ThreadPoolExecutor(1) as probing:
-        async with _session(config.fetch) as session:
-
-            async def fetch(record: Record) -> dict[str, Any]:
-                if record.reason is not None:
-                    return {}
-                try:
-                    if is_url(record.locator):
-                        path = folder / str(record.row)
-                        async with gate:
-                            await download(session, record.locator, path, config.fetch, jitter_seed=record.key)
-                    else:
-                        path = local_file(config.source, record.locator)
-                    return await loop.run_in_executor(probing, _probed_file, decoder, config, path)
-                except MediaError as error:
-                    return {"reason": str(error.reason), "detail": error.detail}
-
-            return list(await asyncio.gather(*(fetch(record) for record in records)))
-
-
-def _probed_file(decoder: Decoder, config: ShardStage, path: Path) -> dict[str, Any]:
-    try:
-        found = file_digest(path)
-    except OSError as error:
-        raise MediaError(RejectReason.MISSING_FILE, error.strerror or "unreadable") from None
-    return _probed(decoder, config.source.media, path, found.sha256, found.size)
-
-
-def _local_root(source: Any) -> Path:
-    place = (
-        source.videos
-        if isinstance(source, WebVidSource)
-        else source.folder
-        if isinstance(source, FolderSource)
-        else "."
-    )
-    return Path(place or ".").expanduser()
-
-
-def local_file(source: Any, locator: str) -> Path:
-    """The file that a locator names.
+def raw_bytes(source: Source, locator: str) -> Path | bytes:
+    """The medium that a locator names: a local file, or what lies in the bucket.
 
     Raises:
         MediaError: If there is none.
     """
-    root = _local_root(source)
+    place = _place(source, locator)
+    if isinstance(place, Path):
+        return place
+    store, key = s3_place(place)
+    try:
+        return store.read(key)
+    except KeyError:
+        raise MediaError(RejectReason.MISSING_FILE, "no such object below the source's folder") from None
+
+
+def _place(source: Source, locator: str) -> Path | str:
+    """Where the file of a locator lies: a local path, or its URI in a bucket."""
+    folder = source.videos if isinstance(source, WebVidSource) else getattr(source, "folder", None)
+    if folder is None:
+        raise MediaError(RejectReason.MISSING_FILE, "no URL, and the source has no folder")
+    if scheme_of(folder) == "s3":
+        return f"{folder.rstrip('/')}/{locator}"
+    root = local_path(folder)
     if (path := root / locator).is_file():
         return path
-    if isinstance(source, WebVidSource):  # some copies have one more level: <part>/<page_dir>/<videoid>.mp4
-        for part in sorted(entry for entry in root.iterdir() if entry.is_dir()):
+    if isinstance(source, WebVidSource) and not (root / locator).parent.is_dir():
+        for part in _parts(root):
             if (path := part / locator).is_file():
                 return path
     raise MediaError(RejectReason.MISSING_FILE, "no such file below the source's folder")
 
 
-# ---- HTTP ----
+@lru_cache(maxsize=8)
+def _parts(root: Path) -> list[Path]:
+    """Folders of the one more level that some copies of WebVid have: <part>/<page_dir>/<videoid>.mp4."""
+    try:
+        folders = [entry.path for entry in os.scandir(root) if entry.is_dir()]
+    except OSError:
+        return []
+    return [Path(folder) for folder in sorted(folders) if not PAGE_DIR.fullmatch(Path(folder).name)]
 
 
-class _TryLater(Exception):
-    """A failure that may pass, and how long the server asked to wait."""
-
-    def __init__(self, reason: RejectReason, detail: str, wait: float | None = None) -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.wait = reason, detail, wait
+# ---- archives ----
 
 
-async def download(
-    session: "aiohttp.ClientSession", url: str, path: Path, config: FetchConfig, *, jitter_seed: str = ""
-) -> None:
-    """Bring the body of a URL to a file, or say why not.
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A medium of an archive, with what its row says, or why it is of no use."""
+
+    record: Record
+    body: Path | bytes = b""
+    size: int = 0
+    sha256: str = ""
+    offset: int = 0  # in the archive as it is when unpacked
+
+
+_Row = tuple[int, str, Callable[[], _Sample]]  # its place in the archive, its key, and the reading of it
+
+
+def fetch_archive(
+    store: Store,
+    prefix: str,
+    number: int,
+    uri: str,
+    config: ShardStage,
+    work: Path,
+    *,
+    first: int = 0,
+    wanted: frozenset[str] | None = None,
+    most: int | None = None,
+) -> Counts:
+    """Read an archive once from its start, probe its members and commit them in parts, `part-NNNNNN-MMMMM`.
+
+    Args:
+        store: Where.
+        prefix: Folder of the ledger.
+        number: Place of the archive among the archives.
+        uri: The archive: local, s3:// or http(s)://.
+        config: The stage. Of an `embedded` source a row is a sample with its captions; of another a member of the
+            archive, with key and facts only.
+        work: For temporary files.
+        first: Parts of this archive that are there already.
+        wanted: Keys of the only rows to look at.
+        most: Rows after which to stop.
 
     Raises:
-        MediaError: With the reason of the last attempt.
+        SourceError: If the archive cannot be opened. One that is damaged gives the rows before the damage, and a last
+            one that says so.
     """
-    until = time.monotonic() + config.total_timeout
-    waits = random.Random(derive_seed("retry", jitter_seed))
-    failure = _TryLater(RejectReason.TIMEOUT, "no time for an attempt")
-    for attempt in range(config.retries + 1):
+    size = config.fetch.part_rows
+    decoder = shared_decoder(config.fetch.probe_seconds, config.fetch.max_pixels)
+    rows: list[dict[str, Any]] = []
+    with workplace(work) as folder, open_file(uri, folder) as file, ThreadPoolExecutor(1) as probing:
+        archive = _Archive(uri, file, config, folder, wanted, skip=first * size)
+        samples = _probed_samples(islice(archive.samples(), most), config, decoder, probing)
+        waiting, part = next(samples, None), first
+        while True:
+            blob, some = folder / "blob", []
+            with open(blob, "wb") as packed:
+                while waiting is not None and len(some) < size:
+                    some.append(_placed(*waiting, archive, packed))
+                    waiting = next(samples, None)
+            write_part(store, prefix, f"part-{number:06d}-{part:05d}", some, blob, last=waiting is None)
+            rows += [{name: row[name] for name in ("size", "reason")} for row in some]
+            if waiting is None:
+                return _counts(rows)
+            part += 1
+
+
+def _probed_samples(
+    samples: Iterator[_Sample], config: ShardStage, decoder: Decoder, probing: ThreadPoolExecutor
+) -> Iterator[tuple[_Sample, dict[str, Any]]]:
+    """Samples with what was found, in order; some are read ahead while one is probed."""
+
+    def probe(sample: _Sample) -> dict[str, Any]:
+        if sample.record.reason is not None:
+            return {}
+        return _probed(decoder, config.source.media, sample)
+
+    ahead: deque[tuple[_Sample, Future[dict[str, Any]]]] = deque()
+    for sample in samples:
+        ahead.append((sample, probing.submit(probe, sample)))
+        if len(ahead) >= AHEAD:
+            yield ahead[0][0], ahead.popleft()[1].result()
+    for sample, found in ahead:
+        yield sample, found.result()
+
+
+def _placed(sample: _Sample, found: dict[str, Any], archive: "_Archive", packed: BinaryIO) -> dict[str, Any]:
+    """The row of a sample, once its bytes have a place."""
+    row = row_of(sample.record, **found)
+    if row["reason"] is None and archive.is_plain:
+        row |= {"blob": archive.uri, "offset": sample.offset}
+    elif row["reason"] is None:
+        row["offset"] = packed.tell()
+        if isinstance(sample.body, bytes):
+            packed.write(sample.body)
+        else:
+            _append(sample.body, packed)
+    _drop(sample)
+    return row
+
+
+class _Checked(tarfile.TarInfo):
+    """A header that is either whole or an error: tarfile itself takes a damaged one, and the end of the file, for the
+    end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + until - time.monotonic()):
-                body = await _body(session, url, config)
-            path.write_bytes(body)
-            return
-        except TimeoutError:
-            raise MediaError(RejectReason.TIMEOUT, f"not finished after {config.total_timeout:g} s") from None
-        except _TryLater as later:
-            failure = later
-        if attempt == config.retries:
-            break
-        wait = failure.wait if failure.wait is not None else config.backoff * 2**attempt * (0.5 + waits.random())
-        if time.monotonic() + wait >= until:
-            break
-        await asyncio.sleep(wait)
-    raise MediaError(failure.reason, failure.detail)
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the mark of the end
+                raise
+            raise tarfile.ReadError(str(error)) from None
 
 
-async def _body(session: "aiohttp.ClientSession", url: str, config: FetchConfig) -> bytes:
-    import aiohttp
+class _Archive:
+    """An archive of media, read from its start; of rows that are not wanted, or among the first `skip`, no bytes."""
 
-    for _ in range(MOST_REDIRECTS + 1):
-        _check_address(url, config)
+    def __init__(
+        self, uri: str, file: BinaryIO, config: ShardStage, folder: Path, wanted: frozenset[str] | None, *, skip: int
+    ) -> None:
+        self.file, self.config, self.folder, self.wanted, self.skip = file, config, folder, wanted, skip
+        self.uri = uri if scheme_of(uri) else str(local_path(uri))
+        self.name = uri.rpartition("/")[2]
+        head = file.read(HEAD)
+        file.seek(0)
+        self.is_packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"))
+        self.is_plain = not self.is_packed and scheme_of(uri) in (
+            "",
+            "s3",
+        )  #: whether members can be read where they lie
+        self.asked = 0  # rows that are wanted, so far
+        self.damage: str | None = None
+
+    def samples(self) -> Iterator[_Sample]:
+        """The wanted rows, in the order of the archive."""
+        source, done = self.config.source, 0
+        mode = "r|*" if self.is_packed else "r:"
         try:
-            async with session.get(url, allow_redirects=False) as answer:
-                if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                    url = urljoin(url, answer.headers["Location"])
-                    continue
-                _check_status(answer.status, answer.headers.get("Retry-After"))
-                return await _checked_content(answer, config)
-        except TimeoutError:
-            raise _TryLater(RejectReason.TIMEOUT, "no answer, or silence within it") from None
-        except aiohttp.ClientPayloadError:
-            raise _TryLater(RejectReason.TRUNCATED, "the body ended before its announced length") from None
-        except aiohttp.InvalidURL:
-            raise MediaError(RejectReason.UNPARSABLE, "not a URL") from None
-        except (aiohttp.ClientError, OSError) as error:
-            if isinstance(error.__cause__, _Forbidden):
-                raise MediaError(RejectReason.FORBIDDEN_ADDRESS, "a name that leads into a private network") from None
-            raise _TryLater(RejectReason.CONNECTION, type(error).__name__) from None
-    raise MediaError(RejectReason.HTTP_STATUS, f"more than {MOST_REDIRECTS} redirects")
+            with tarfile.open(fileobj=self.file, mode=mode, tarinfo=_Checked, bufsize=2**20) as self.tar:  # type: ignore[call-overload]
+                for row, key, read in self._samples(source) if source.embedded else self._members():
+                    if self._takes(key):
+                        yield read()
+                    done = row + 1
+        except DAMAGE as error:
+            self.damage = str(error) or type(error).__name__
+        if self.damage is not None and self._takes(""):
+            place = f"{self.name}/(end of archive)"
+            yield _Sample(Record(done, "", place, reason=RejectReason.TRUNCATED, detail=self.damage[:200]))
 
+    def _takes(self, key: str) -> bool:
+        if self.wanted is not None and key not in self.wanted:
+            return False
+        self.asked += 1
+        return self.asked > self.skip
 
-def _check_status(status: int, retry_after: str | None) -> None:
-    if status == 200:
-        return
-    if status in (404, 410):
-        raise MediaError(RejectReason.HTTP_404, f"HTTP {status}")
-    if status in (408, 425, 429) or status >= 500:
-        raise _TryLater(RejectReason.HTTP_STATUS, f"HTTP {status}", _seconds(retry_after))
-    raise MediaError(RejectReason.HTTP_STATUS, f"HTTP {status}")
+    def _files(self) -> Iterator[tarfile.TarInfo]:
+        """Members that are no folders. Damage between them ends the archive; what came before counts."""
+        before = -1
+        while True:
+            try:
+                member = self.tar.next()
+                if member is not None and self.tar.offset <= before:
+                    raise tarfile.ReadError("a header that leads backwards")
+            except (*DAMAGE, ValueError) as error:
+                self.damage = str(error)
+                return
+            if member is None:
+                return
+            before = self.tar.offset
+            self.tar.members = []  # type: ignore[attr-defined]  # it would keep all headers
+            if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
+                yield member
 
+    def _members(self) -> Iterator[_Row]:
+        """A row for each file: the pictures of JourneyDB."""
+        for row, member in enumerate(self._files()):
+            key = media_key(member.name) or ""
+            record = Record(row, key, f"{self.name}/{shown(member.name)}")
+            yield row, key, partial(self._picture, record, member)
 
-def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` is a number of seconds or a date."""
-    if retry_after is None:
+    def _picture(self, record: Record, member: tarfile.TarInfo) -> _Sample:
+        if (problem := self._problem(member)) is not None:
+            return _Sample(replace(record, reason=problem[0], detail=problem[1]))
+        return self._read(record, member)
+
+    def _samples(self, source: Any) -> Iterator[_Row]:
+        """A row for each sample of a webdataset tar: neighbouring members with the same name up to the first dot."""
+        names = Seen()
+        for row, (name, members) in enumerate(groupby(self._files(), lambda member: _split(member.name)[0])):
+            is_new = names.add(name)
+            yield row, sample_key(self.name, name), partial(self._sample, source, row, name, members, is_new)
+
+    def _sample(self, source: Any, row: int, name: str, members: Iterator[tarfile.TarInfo], is_new: bool) -> _Sample:
+        bare = Record(row, sample_key(self.name, name), f"{self.name}/{shown(name)}")
+        if not is_new:
+            return _Sample(
+                replace(bare, reason=RejectReason.DUPLICATE_KEY, detail="an earlier sample has the same key")
+            )
+        medium: _Sample | None = None
+        place, problem, beside = name, None, {}
+        for member in members:
+            ending = _split(member.name)[1].lower()
+            kind = ending.rpartition(".")[2]
+            if kind in NEVER_MEDIA:
+                continue
+            if (found := self._problem(member)) is not None:
+                problem = problem or found
+            elif kind in ("txt", "json"):
+                if ending == kind or kind not in beside:
+                    beside[kind] = self._content(member).read(LARGEST_SIDECAR)
+            elif medium is None:
+                one = self._read(bare, member)
+                if (said := sniff(_head(one.body))) == source.media:
+                    medium, place = one, member.name
+                else:
+                    _drop(one)
+                    found = f".{shown(ending)}: {said or 'no known medium'}, expected {source.media}"
+                    problem = problem or (RejectReason.NOT_MEDIA, found)
+        if medium is None:
+            reason, detail = problem or (RejectReason.MISSING_FILE, f"no {source.media} in the sample")
+            return _Sample(replace(bare, reason=reason, detail=detail))
+        text, line = beside.get("txt"), beside.get("json")
+        return replace(medium, record=tar_record(source, row, self.name, name, place, text, line))
+
+    def _problem(self, member: tarfile.TarInfo) -> tuple[RejectReason, str] | None:
+        """Why a member is not even read."""
+        if not safe_name(member.name):
+            return RejectReason.UNPARSABLE, "the name of a member leads out of its folder"
+        if not member.isreg() or member.issparse():
+            return RejectReason.UNPARSABLE, "a member that is no plain file but a link, a device or full of holes"
+        if member.size > self.config.fetch.max_bytes:
+            return RejectReason.TOO_LARGE, f"{member.size} bytes"
         return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+
+    def _content(self, member: tarfile.TarInfo) -> IO[bytes]:
+        content = self.tar.extractfile(member)
+        assert content is not None  # of a plain file there is one
+        return content
+
+    def _read(self, record: Record, member: tarfile.TarInfo) -> _Sample:
+        content, sha256 = self._content(member), hashlib.sha256()
+        body: Path | bytes
+        if member.size <= IN_MEMORY:
+            body = content.read()
+            sha256.update(body)
+        else:
+            body = self.folder / f"member-{member.offset_data}"
+            with open(body, "wb") as file:
+                while chunk := content.read(IN_MEMORY):
+                    sha256.update(chunk)
+                    file.write(chunk)
+        return _Sample(record, body, member.size, sha256.hexdigest(), member.offset_data)
 
 
-async def _checked_content(answer: "aiohttp.ClientResponse", config: FetchConfig) -> bytes:
-    announced = answer.content_length
-    if announced is not None and announced > config.max_bytes:
-        raise MediaError(RejectReason.TOO_LARGE, f"{announced} bytes announced")
-    body = bytearray()
-    async for chunk in answer.content.iter_chunked(CHUNK):
-        body += chunk
-        if len(body) >= HEAD and sniff(bytes(body[:HEAD])) is None:  # no need to wait for the end of a web page
-            raise MediaError(RejectReason.NOT_MEDIA, "neither image nor video by its first bytes")
-        if len(body) > config.max_bytes:
-            raise MediaError(RejectReason.TOO_LARGE, f"more than {config.max_bytes} bytes")
-    if sniff(bytes(body[:HEAD])) is None:
-        raise MediaError(RejectReason.NOT_MEDIA, "neither image nor video by its first bytes")
-    return bytes(body)
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending of a member: the name up to the first dot of its last part, and what comes after."""
+    folder, slash, file = name.removeprefix("./").rpartition("/")
+    stem, _, ending = file.partition(".")
+    return folder + slash + stem, ending
 
 
-class _Forbidden(OSError):
-    """An address that no URL of a stranger may lead to."""
+def _head(body: Path | bytes) -> bytes:
+    if isinstance(body, bytes):
+        return body[:HEAD]
+    with open(body, "rb") as file:
+        return file.read(HEAD)
 
 
-def _check_address(url: str, config: FetchConfig) -> None:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise MediaError(RejectReason.UNPARSABLE, "not a URL") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise MediaError(RejectReason.FORBIDDEN_ADDRESS, f"scheme {parts.scheme!r}; only http and https are fetched")
-    try:
-        literal = ipaddress.ip_address(parts.hostname)
-    except ValueError:
-        return  # a name: the resolver checks what it stands for
-    if not literal.is_global and _mapped(config, parts.hostname, port or 80) is None:
-        raise MediaError(RejectReason.FORBIDDEN_ADDRESS, "an address inside a private network")
-
-
-def _mapped(config: FetchConfig, host: str, port: int) -> tuple[str, int] | None:
-    target = config.connect_to.get(f"{host}:{port}") or config.connect_to.get(host)
-    if target is None:
-        return None
-    address, _, number = target.rpartition(":")
-    return address.strip("[]"), int(number)
-
-
-@asynccontextmanager
-async def _session(config: FetchConfig) -> AsyncIterator["aiohttp.ClientSession"]:
-    import aiohttp
-    from aiohttp.abc import AbstractResolver
-
-    class Resolver(AbstractResolver):
-        """Names to addresses: `connect_to` first; of the rest only addresses of the public internet."""
-
-        async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[Any]:
-            if (target := _mapped(config, host, port)) is not None:
-                return [_resolved(host, *target)]
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
-            addresses = [str(item[4][0]) for item in found]
-            if not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses):
-                raise _Forbidden(host)
-            return [_resolved(host, address, port) for address in addresses]
-
-        async def close(self) -> None:
-            return
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout, sock_read=config.idle_timeout)
-    connector = aiohttp.TCPConnector(limit=config.concurrency, resolver=Resolver(), use_dns_cache=False)
-    # Bodies are wanted as they are, so that their length can be checked.
-    headers = {"User-Agent": config.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"}
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
-        yield session
-
-
-def _resolved(host: str, address: str, port: int) -> dict[str, Any]:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return {
-        "hostname": host,
-        "host": address,
-        "port": port,
-        "family": family,
-        "proto": 0,
-        "flags": socket.AI_NUMERICHOST,
-    }
+def _drop(sample: _Sample) -> None:
+    if isinstance(sample.body, Path):
+        sample.body.unlink(missing_ok=True)

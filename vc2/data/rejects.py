@@ -13,6 +13,9 @@ class RejectReason(StrEnum):
     DUPLICATE_KEY = "duplicate_key"  # an earlier row has the same key (or URL)
     NO_CAPTION = "no_caption"
     CAPTION_TOO_SHORT = "caption_too_short"
+    CAPTION_TOO_LONG = "caption_too_long"
+    LANGUAGE = "language"  # of the caption: none of those asked for
+    REMOVED = "removed"  # by a removal list
     UNMATCHED_ROW = "unmatched_row"  # no archive holds the medium of this row
     UNMATCHED_MEDIA = "unmatched_media"  # a medium in an archive that no row names; not a row itself
     # the way to the bytes
@@ -24,6 +27,8 @@ class RejectReason(StrEnum):
     CONNECTION = "connection"
     TRUNCATED = "truncated"
     TOO_LARGE = "too_large"
+    OPT_OUT = "opt_out"  # the answer's headers forbid training on it
+    HASH_MISMATCH = "hash_mismatch"  # not the bytes that the table promises
     # the medium
     NOT_MEDIA = "not_media"  # judged by its first bytes, never by its name
     UNDECODABLE = "undecodable"
@@ -32,4 +37,12 @@ class RejectReason(StrEnum):
     CHANGED = "changed"  # the bytes are no longer those that were probed
     TOO_SMALL = "too_small"
     TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    ASPECT = "aspect"  # too long and narrow
+    WATERMARK = "watermark"  # by the source's own scores, as the next three
+    UNSAFE = "unsafe"
+    UNLIKE_CAPTION = "unlike_caption"
+    UNAESTHETIC = "unaesthetic"
+    STILL = "still"  # a clip in which nothing moves
+    CUT = "cut"  # a clip with a cut inside
     DUPLICATE = "duplicate"  # an earlier row has the same bytes; counted apart from the rejects

@@ -1,84 +1,163 @@
 """Adapters: the rows of a source, in its own order, as one kind of `Record`.
 
 The total order of a source is the order of its tables by name and of the rows in them; for a folder without a table,
-of the relative paths. Every row gives exactly one record; a row that is no use carries its reason. Keys are stable:
-they are made of what the source says about the row, never of its place.
+of the relative paths; for tars, of the tars by name and of the samples in them. Every row gives exactly one record; a
+row that is no use carries its reason. Keys are stable: they are made of what the source says about the row, never of
+its place.
 
-    webvid       <page_dir>/<videoid>: videoid alone is not unique
-    laion-coco   first 20 hex digits of the sha256 of the URL
-    journeydb    the UUID at the end of the file name, the only thing that tables and archives share
-    folder       the relative path (or URL) without its ending
+    webvid              <page_dir>/<videoid>: videoid alone is not unique
+    laion-coco, ...     first 20 hex digits of the sha256 of the URL
+    journeydb           the UUID at the end of the file name, the only thing that tables and archives share
+    folder              the relative path (or URL), without its ending if that is .mp4 (of videos) or .jpg (of images)
+    webdataset, tars    <name of the tar>/<key of the sample>
+
+Sources call the same thing by many names. What is kept of a row beside its captions has one name each (`SYNONYMS`):
+`similarity`, `punsafe`, `pwatermark`, `aesthetic`, `width`, `height` (pixels) and `duration` (seconds) are numbers,
+`sha256` and `md5` promise the bytes of the file; all else keeps the name it has.
 """
 
 import csv
 import hashlib
 import json
+import math
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from vc2.data.config import (
     FolderSource,
     JourneyDBSource,
-    LaionCocoSource,
+    LaionSource,
     Source,
+    TarSource,
     WebVidSource,
-    media_files,
+    archive_stem,
+    folder_files,
     table_files,
 )
+from vc2.data.places import RawFile, is_url, open_file, open_text, read_file, scheme_of, shown
 from vc2.data.rejects import RejectReason
 from vc2.errors import SourceError
 
-__all__ = ["Record", "is_url", "media_key", "read_records", "split_prompt"]
+__all__ = [
+    "Record",
+    "Seen",
+    "is_url",
+    "language_of",
+    "media_key",
+    "parse_duration",
+    "read_records",
+    "safe_name",
+    "sample_key",
+    "split_prompt",
+    "tar_record",
+]
 
 UUID = re.compile(r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?:\.[A-Za-z]+)?$", re.IGNORECASE)
 FLAG = re.compile(r"(?:^|\s)(?:--|—)(?=[A-Za-z])")  # Midjourney flags come last; some editors make one dash of two
 PROMPT_URL = re.compile(r"https?://\S+")
+DURATION = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?", re.IGNORECASE)
 LONGEST_KEY = 96  # with the number of a clip and an ending it still fits a ustar name
+LONGEST_FIELD = 2**20  # characters of a CSV field; where a quote is never closed, the row ends here
+LONGEST_VALUE = 1000  # characters of what is kept beside the captions of a sample in a tar
+LARGEST_SIDECAR = 2**22  # bytes of a .txt or .json beside a medium
+
+SYNONYMS = {  # name in the source, lower case -> ours
+    "url": "url",
+    "contenturl": "url",
+    "top_caption": "top_caption",
+    "text": "text",
+    "caption": "text",
+    "width": "width",
+    "original_width": "width",
+    "height": "height",
+    "original_height": "height",
+    "duration": "duration",
+    "similarity": "similarity",
+    "punsafe": "punsafe",
+    "pwatermark": "pwatermark",
+    "aesthetic": "aesthetic",
+    "aesthetic_score": "aesthetic",
+    "aesthetics_score": "aesthetic",
+    "sha256": "sha256",
+    "md5": "md5",
+    "hash": "hash",
+    "license": "license",
+    "nsfw": "nsfw",
+    "sample_id": "sample_id",
+}
+NUMBERS = ("similarity", "punsafe", "pwatermark", "aesthetic")
+PIXELS = ("width", "height")
+OF_THE_TOOL = ("key", "status", "error_message", "exif")  # of img2dataset and video2dataset: about their run
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One row of a source."""
 
-    row: int  #: place in the total order
+    row: int  #: place in the total order; of an archive: in that archive
     key: str
-    locator: str = ""  #: URL, path below the source's folder, or UUID to be found in the archives
+    locator: str = ""  #: URL, path below the source's folder, archive/member, or UUID to be found in the archives
     caption: str = ""
     captions: Mapping[str, str] = field(default_factory=dict)  #: all there are, by their name in the source
-    extra: Mapping[str, Any] = field(default_factory=dict)  #: scores, flags, expected sizes: kept, not used
+    extra: Mapping[str, Any] = field(default_factory=dict)  #: scores, flags, expected sizes
     reason: RejectReason | None = None
     detail: str = ""
 
 
+class Seen:
+    """A set of texts that holds 8 bytes of each: ten million take 100 MB. Two texts are taken for one with a
+    probability of n^2 / 2^65."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, array[int]] = {}
+
+    def add(self, text: str) -> bool:
+        """Add a text; False if it was there."""
+        number = int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+        bucket = self._buckets.setdefault(number & 0xFFFF, array("Q"))
+        if number in bucket:
+            return False
+        bucket.append(number)
+        return True
+
+
 def read_records(source: Source) -> Iterator[Record]:
-    """The rows of a source in total order, keys unique among those without a reason.
+    """The rows of a source's tables in total order, keys (and URLs) unique among those without a reason. Not for
+    `embedded` sources, whose rows are in their archives.
 
     Raises:
         SourceError: If the tables cannot be found or are not in the format of the source.
     """
-    readers = {"webvid": _webvid, "laion-coco": _laion, "journeydb": _journeydb, "folder": _folder}
-    seen: set[str] = set()
+    readers = {
+        "webvid": _webvid,
+        "laion-coco": _laion,
+        "laion-aesthetics": _laion,
+        "journeydb": _journeydb,
+        "folder": _folder,
+    }
+    if source.embedded:
+        raise ValueError(f"source {source.name}: its rows come out of its archives, by `fetch_archive`")
+    keys, urls = Seen(), Seen()
     row = -1
     for row, record in enumerate(readers[source.kind](source)):  # type: ignore[operator]
         record = replace(record, row=row)
         if record.reason is None:
-            if record.key in seen:
-                record = replace(record, reason=RejectReason.DUPLICATE_KEY, detail="an earlier row has the same key")
-            elif not record.caption:
+            url = record.extra.get("url") or record.locator
+            if not record.caption:
                 record = replace(record, reason=RejectReason.NO_CAPTION)
-            seen.add(record.key)
+            elif not keys.add(record.key):
+                record = replace(record, reason=RejectReason.DUPLICATE_KEY, detail="an earlier row has the same key")
+            elif is_url(url) and not urls.add(url):
+                record = replace(record, reason=RejectReason.DUPLICATE_KEY, detail="an earlier row has the same URL")
         yield record
     if row < 0:
         raise SourceError(f"source {source.name}: its tables have no rows")
-
-
-def is_url(locator: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", locator) is not None
 
 
 def media_key(name: str) -> str | None:
@@ -101,133 +180,217 @@ def split_prompt(prompt: str) -> tuple[str, dict[str, Any]]:
     return _clean(PROMPT_URL.sub(" ", text)), extra
 
 
+def language_of(caption: str) -> str:
+    """ISO 639-1 code of the language that a caption is most likely in. Short ones are guesses."""
+    import py3langid
+
+    return py3langid.classify(caption)[0]
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of `PT00H00M17S` or of a plain number; None if it is neither."""
+    found = DURATION.fullmatch(text.strip())
+    if found is None or not any(found.groups()):
+        return _number(text)
+    days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
 # ---- one adapter per format ----
 
 
 def _webvid(source: WebVidSource) -> Iterator[Record]:
-    needed = (
-        ("videoid", "name", "page_dir") if source.videos is not None else ("videoid", "name", "page_dir", "contentUrl")
-    )
+    by_url = source.videos is None
+    needed = ("videoid", "name", "page_dir", *(("contentUrl",) if by_url else ()))
+    web = source.videos if source.videos is not None and scheme_of(source.videos) in ("http", "https") else None
+    videoids = Seen()
     for line in _csv_rows(source, needed):
         if isinstance(line, Record):
             yield line
             continue
         videoid, page_dir, url = (line.get(name, "").strip() for name in ("videoid", "page_dir", "contentUrl"))
-        if not videoid or not page_dir:
-            yield _unparsable("videoid or page_dir is empty")
+        place = f"{page_dir}/{videoid}.mp4"
+        if not videoid or not page_dir or not _is_below(place):
+            yield _unparsable("videoid or page_dir is empty or no name")
             continue
-        key = _key(f"{page_dir}/{videoid}")
-        locator = f"{page_dir}/{videoid}.mp4" if source.videos is not None else url
-        extra = _given({"duration": line.get("duration"), "page_idx": line.get("page_idx"), "url": url})
-        yield Record(0, key, locator, _clean(line["name"]), {"name": line["name"]}, extra)
+        if by_url and not is_url(url):
+            yield _unparsable("contentUrl is no URL")
+            continue
+        locator = url if by_url else f"{web.rstrip('/')}/{place}" if web else place
+        extra = _kept({"duration": line.get("duration"), "page_idx": line.get("page_idx"), "url": url})
+        if not videoids.add(videoid):
+            extra["repeated_videoid"] = True
+        yield Record(0, _key(f"{page_dir}/{videoid}"), locator, _clean(line["name"]), {"name": line["name"]}, extra)
 
 
-def _laion(source: LaionCocoSource) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    scores = (
-        "similarity",
-        "punsafe",
-        "pwatermark",
-        "aesthetic",
-        "width",
-        "height",
-        "license",
-        "hash",
-        "sample_id",
-        "nsfw",
-    )
-    for path in table_files(source):
-        try:
-            with pq.ParquetFile(path) as table:
-                # Releases differ in case and in what they carry: columns are found by name, none but the URL is needed.
-                names = {name.lower(): name for name in table.schema_arrow.names}
-                names.setdefault("aesthetic", names.get("aesthetic_score", ""))
-                names.setdefault("text", names.get("caption", ""))
-                if "url" not in names:
-                    raise SourceError(f"{path}: no column URL; it has {', '.join(table.schema_arrow.names)}")
-                wanted = {name: names[name] for name in ("url", "top_caption", "text", *scores) if names.get(name)}
-                for batch in table.iter_batches(batch_size=4096, columns=sorted(set(wanted.values()))):
-                    for line in batch.to_pylist():
-                        yield _laion_record({name: line[column] for name, column in wanted.items()}, scores)
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _laion_record(line: dict[str, Any], scores: tuple[str, ...]) -> Record:
-    url = str(line["url"] or "").strip()
-    if not url:
-        return _unparsable("URL is empty")
-    captions = {name: str(line[name]) for name in ("top_caption", "text") if line.get(name)}
-    caption = next((text for text in map(_clean, captions.values()) if text), "")
-    extra = _given({name: line.get(name) for name in scores})
-    return Record(0, hashlib.sha256(url.encode()).hexdigest()[:20], url, caption, captions, extra)
+def _laion(source: LaionSource) -> Iterator[Record]:
+    for file in table_files(source):
+        columns = _parquet_columns(file)
+        # Releases differ in case and in what they carry: columns are found by name, none but the URL is needed.
+        names = {column: SYNONYMS[column.lower()] for column in columns if column.lower() in SYNONYMS}
+        if "url" not in names.values():
+            raise SourceError(f"{file.uri}: no column URL; it has {', '.join(columns)[:300]}")
+        for line in _parquet_rows(file, list(names)):
+            # The text of a release that has both `caption` and `TEXT` is TEXT: last, so that it stays.
+            given = {names[name]: value for name, value in sorted(line.items(), key=lambda item: item[0].lower())}
+            url = str(given.pop("url") or "").strip()
+            if not is_url(url):
+                yield _unparsable("URL is empty or none")
+                continue
+            captions = {name: str(value) for name in ("top_caption", "text") if (value := given.pop(name, None))}
+            caption, chosen = _first_of(captions, ("top_caption", "text"))
+            key = hashlib.sha256(url.encode(errors="replace")).hexdigest()[:20]
+            yield Record(0, key, url, caption, captions, _kept(given) | chosen)
 
 
 def _journeydb(source: JourneyDBSource) -> Iterator[Record]:
-    for text in _lines(source):
-        line = _json_object(text)
-        path, prompt = (str(line.get(name) or "") for name in ("img_path", "prompt")) if line else ("", "")
-        key = media_key(path)
-        if line is None or key is None:
-            yield _unparsable("not a JSON object" if line is None else "img_path does not end in a UUID")
-            continue
-        bare, extra = split_prompt(prompt)
-        task = line.get("Task2")
-        written = str(task.get("Caption") or "") if isinstance(task, dict) else ""
-        captions = _given({"prompt": bare, "caption": _clean(written), "raw_prompt": prompt})
-        caption = captions.get(source.caption) or captions.get("prompt") or captions.get("caption") or ""
-        style = line.get("Task1")
-        yield Record(0, key, key, caption, captions, extra | ({"style": style} if isinstance(style, dict) else {}))
+    for file in table_files(source):
+        for text in _lines(file):
+            line = _json_object(text)
+            path, prompt = (str(line.get(name) or "") for name in ("img_path", "prompt")) if line else ("", "")
+            key = media_key(path)
+            if line is None or key is None:
+                yield _unparsable("not a JSON object" if line is None else "img_path does not end in a UUID")
+                continue
+            bare, extra = split_prompt(prompt)
+            task = line.get("Task2")
+            written = str(task.get("Caption") or "") if isinstance(task, dict) else ""
+            captions = _given({"prompt": bare, "caption": _clean(written), "raw_prompt": prompt})
+            caption, chosen = _first_of(captions, (source.caption, "prompt", "caption"))
+            style = line.get("Task1")
+            extra |= {"style": style} if isinstance(style, dict) else {}
+            yield Record(0, key, key, caption, captions, extra | chosen)
 
 
 def _folder(source: FolderSource) -> Iterator[Record]:
     if source.table is None:
-        root = Path(source.folder).expanduser()
-        for path in media_files(source):
-            name = path.relative_to(root).as_posix()
-            caption, extra = _caption_beside(path)
-            yield Record(0, _key(_without_ending(name)), name, caption, {"caption": caption}, extra)
+        yield from _folder_alone(source)
         return
+    web = source.folder if scheme_of(source.folder) in ("http", "https") else None
     for line in _table_rows(source):
         if isinstance(line, Record):
             yield line
             continue
-        file, caption = str(line.get("file") or "").strip(), str(line.get("caption") or "")
-        if not file or (not is_url(file) and (file.startswith("/") or ".." in file.split("/"))):
+        file = str(line.pop(source.file_column, None) or "").strip()
+        caption = str(line.pop(source.caption_column, None) or "")
+        if not is_url(file) and not _is_below(file):
             yield _unparsable("file is empty, or no path below the folder")
             continue
-        extra = _given({name: value for name, value in line.items() if name not in ("file", "caption")})
-        yield Record(0, _key(_without_ending(file)), file, _clean(caption), {"caption": caption}, extra)
+        locator = f"{web.rstrip('/')}/{file}" if web and not is_url(file) else file
+        captions = {source.caption_column: caption}
+        yield Record(0, _file_key(source, file), locator, _clean(caption), captions, _kept(line))
+
+
+def _folder_alone(source: FolderSource) -> Iterator[Record]:
+    media, others = folder_files(source)
+    beside = {file.name: file for file in others}
+    for file in media:
+        if shown(file.name) != file.name:
+            yield replace(_unparsable("the name of the file is no UTF-8"), locator=shown(file.name))
+            continue
+        stem = _without_ending(file.name)
+        text, line = beside.get(f"{stem}.txt"), beside.get(f"{stem}.json")
+        try:
+            captions, extra = _captions_beside(
+                None if text is None else read_file(text.uri, LARGEST_SIDECAR),
+                None if line is None else read_file(line.uri, LARGEST_SIDECAR),
+            )
+        except SourceError as error:
+            yield replace(_unparsable(str(error)), key=_file_key(source, file.name), locator=file.name)
+            continue
+        caption, chosen = _first_of(captions, ("txt", "top_caption", "text"))
+        yield Record(0, _file_key(source, file.name), file.name, caption, captions, _kept(extra) | chosen)
+
+
+def sample_key(archive: str, name: str) -> str:
+    """The key of a sample in a webdataset tar, of the name of the tar and the sample's key in it."""
+    return _key(f"{archive_stem(archive)}/{name}")
+
+
+def tar_record(
+    source: TarSource | LaionSource,
+    row: int,
+    archive: str,
+    name: str,
+    member: str,
+    text: bytes | None,
+    line: bytes | None,
+) -> Record:
+    """The record of a sample in a webdataset tar.
+
+    Args:
+        source: Tells which caption comes first: that of the .txt, or, for LAION, the synthetic one.
+        row: Place of the sample in the tar.
+        archive: Name of the tar.
+        name: Key of the sample in the tar.
+        member: Name of the member with its medium.
+        text: Content of its .txt, if it has one.
+        line: Content of its .json, if it has one.
+    """
+    locator = f"{archive}/{shown(member)}"
+    captions, extra = _captions_beside(text, line)
+    first = ("txt", "top_caption", "text") if isinstance(source, TarSource) else ("top_caption", "txt", "text")
+    caption, chosen = _first_of(captions, first)
+    # Their hash is of the file that was downloaded, which may have been encoded anew since.
+    hashes = {f"download_{name}": extra.pop(name) for name in ("sha256", "md5") if name in extra}
+    kept = {
+        name: value
+        for name, value in _kept(extra).items()
+        if name not in OF_THE_TOOL and isinstance(value, str | int | float) and len(str(value)) <= LONGEST_VALUE
+    }
+    record = Record(row, sample_key(archive, name), locator, caption, captions, kept | hashes | chosen)
+    return record if caption else replace(record, reason=RejectReason.NO_CAPTION)
+
+
+def _captions_beside(text: bytes | None, line: bytes | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Captions, and all else, of a .txt and a .json beside a medium; names are ours where there is one."""
+    captions = {} if text is None else {"txt": _clean(text.decode("utf-8", "replace"))}
+    given = {} if line is None else _json_object(line.decode("utf-8", "replace")) or {}
+    extra: dict[str, Any] = {}
+    for name, value in given.items():
+        extra.setdefault(SYNONYMS.get(name.lower(), name), value)
+    for name in ("top_caption", "text"):
+        if isinstance(found := extra.pop(name, None), str):
+            captions[name] = found
+    return _given(captions), extra
 
 
 # ---- reading lines ----
 
 
 def _table_rows(source: FolderSource) -> Iterator[dict[str, Any] | Record]:
-    if all(path.suffix.lower() == ".csv" for path in table_files(source)):
-        yield from _csv_rows(source, ("file", "caption"))
-        return
-    for text in _lines(source):
-        yield _json_object(text) or _unparsable("not a JSON object")
+    needed = (source.file_column, source.caption_column)
+    for file in table_files(source):
+        name = file.name.lower().removesuffix(".gz")
+        if name.endswith(".parquet"):
+            columns = _parquet_columns(file)
+            _check_columns(file, needed, columns)
+            yield from _parquet_rows(file, columns)
+        elif name.endswith((".jsonl", ".json", ".ndjson")):
+            for text in _lines(file):
+                line = _json_object(text)
+                yield _unparsable("not a JSON object") if line is None else line
+        else:
+            yield from _csv_of(file, needed, "\t" if name.endswith(".tsv") else ",")
 
 
-def _csv_rows(source: Source, needed: tuple[str, ...]) -> Iterator[dict[str, str] | Record]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    for path in table_files(source):
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.reader(file)
+def _csv_rows(source: Source, needed: Sequence[str]) -> Iterator[dict[str, str] | Record]:
+    for file in table_files(source):
+        yield from _csv_of(file, needed, ",")
+
+
+def _csv_of(file: RawFile, needed: Sequence[str], delimiter: str) -> Iterator[dict[str, str] | Record]:
+    csv.field_size_limit(min(sys.maxsize, LONGEST_FIELD))
+    with open_text(file.uri, newline="") as lines:
+        rows = csv.reader(lines, delimiter=delimiter)
+        try:
             columns = [name.strip() for name in next(rows, [])]
-            if missing := [name for name in needed if name not in columns]:
-                raise SourceError(
-                    f"{path}: no column {' and '.join(missing)}; the first line is {','.join(columns)[:200]}"
-                )
+            _check_columns(file, needed, columns)
             while True:
                 try:
                     values = next(rows)
                 except StopIteration:
-                    break
+                    return
                 except csv.Error as error:
                     yield _unparsable(str(error))
                     continue
@@ -237,47 +400,80 @@ def _csv_rows(source: Source, needed: tuple[str, ...]) -> Iterator[dict[str, str
                     yield _unparsable(f"{len(values)} fields, expected {len(columns)}")
                     continue
                 yield dict(zip(columns, values, strict=True))
+        except (EOFError, OSError, zlib.error, csv.Error) as error:
+            raise SourceError(f"{file.uri}: not a readable table ({error})") from None
 
 
-def _lines(source: Source) -> Iterator[str]:
-    """Lines of JSON-lines files, bare or inside a tar."""
-    for path in table_files(source):
-        if path.name.lower().endswith((".tgz", ".tar.gz", ".tar")):
-            yield from _lines_of_tar(path)
-            continue
-        with open(path, encoding="utf-8", errors="replace") as file:
-            yield from (line for line in file if line.strip())
+def _check_columns(file: RawFile, needed: Sequence[str], columns: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in columns]:
+        raise SourceError(f"{file.uri}: no column {' and '.join(missing)}; the first line is {','.join(columns)[:200]}")
 
 
-def _lines_of_tar(path: Path) -> Iterator[str]:
+def _parquet_columns(file: RawFile) -> list[str]:
+    """Names of the columns that hold one plain value a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with open_file(file.uri) as opened:
+            schema = pq.read_schema(opened)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{file.uri}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    return [
+        column.name for column in schema if not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type)
+    ]
+
+
+def _parquet_rows(file: RawFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Row groups may be large: pages are read as they are needed.
+        with open_file(file.uri) as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=2**20) as table:
+            for batch in table.iter_batches(batch_size=4096, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{file.uri}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _lines(file: RawFile) -> Iterator[str]:
+    """Lines of a JSON-lines file, bare, packed, or inside a tar."""
+    if file.name.lower().endswith((".tgz", ".tar.gz", ".tar")):
+        yield from _lines_of_tar(file)
+        return
+    try:
+        with open_text(file.uri) as lines:
+            yield from (line for line in lines if line.strip())
+    except (EOFError, OSError, zlib.error) as error:
+        raise SourceError(f"{file.uri}: not a readable table ({error})") from None
+
+
+def _lines_of_tar(file: RawFile) -> Iterator[str]:
+    try:
+        with open_file(file.uri) as opened, tarfile.open(fileobj=opened, mode="r|*") as tar:
             members = 0
             for member in tar:
                 if member.isfile() and (content := tar.extractfile(member)) is not None:
                     members += 1
                     yield from (line.decode("utf-8", "replace") for line in content if line.strip())
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise SourceError(f"{path}: not a readable archive ({error})") from None
+        raise SourceError(f"{file.uri}: not a readable archive ({error})") from None
     if members == 0:
-        raise SourceError(f"{path}: an archive without a file in it; expected JSON lines")
-
-
-def _caption_beside(path: Path) -> tuple[str, dict[str, Any]]:
-    if (text := path.with_suffix(".txt")).is_file():
-        return _clean(text.read_text(encoding="utf-8", errors="replace")), {}
-    if (text := path.with_suffix(".json")).is_file():
-        line = dict(_json_object(text.read_text(encoding="utf-8", errors="replace")) or {})
-        return _clean(str(line.pop("caption", "") or "")), line
-    return "", {}
+        raise SourceError(f"{file.uri}: an archive without a file in it; expected JSON lines")
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:
+        if "\\ud" in text.lower():  # half a character, which no file of ours can hold
+            line = json.loads(json.dumps(line, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None
+
+
+# ---- values ----
 
 
 def _unparsable(detail: str) -> Record:
@@ -292,9 +488,63 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "")}
 
 
+def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a row beside its captions, under our names, numbers as numbers; what is empty is left out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+            continue
+        own = SYNONYMS.get(name.lower(), name)
+        if own in NUMBERS:
+            value = _number(value)
+        elif own in PIXELS:
+            number = _number(value)
+            value = None if number is None else int(number)
+        elif own == "duration":
+            if isinstance(value, str):
+                found["raw_duration"] = value
+            value = parse_duration(value) if isinstance(value, str) else _number(value)
+        elif own in ("sha256", "md5"):
+            value = str(value).strip().lower()
+        if value is not None:
+            found.setdefault(own, value)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _first_of(captions: Mapping[str, str], order: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The first caption there is, and its name as what `extra` says of it."""
+    for name in order:
+        if text := _clean(captions.get(name, "")):
+            return text, {"caption_from": name}
+    return "", {}
+
+
+def _is_below(path: str) -> bool:
+    """Whether a path stays below the folder that it is taken from."""
+    return bool(path) and not path.startswith("/") and ".." not in path.split("/") and "\x00" not in path
+
+
+def safe_name(name: str) -> bool:
+    """Whether the name of a member stays below the folder that a tar would be unpacked to."""
+    return _is_below(name.removeprefix("./")) and "\\" not in name
+
+
 def _without_ending(name: str) -> str:
     folder, slash, file = name.rpartition("/")
     return folder + slash + (file.rpartition(".")[0] or file)
+
+
+def _file_key(source: FolderSource, name: str) -> str:
+    usual = ".mp4" if source.media == "video" else ".jpg"
+    return _key(_without_ending(name) if name.lower().endswith(usual) else name)
 
 
 def _key(text: str) -> str:
@@ -302,4 +552,4 @@ def _key(text: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_/-]+", "-", text).strip("/")
     if safe == text and len(safe) <= LONGEST_KEY:
         return safe
-    return f"{safe[: LONGEST_KEY - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{safe[: LONGEST_KEY - 13]}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
