@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vc2.data.decode import encode_gif, encode_mp4, encode_video, encode_webp, read_comment, read_video, write_whole
+from vc2.data.video_files import (
+    encode_gif,
+    encode_mp4,
+    encode_video,
+    encode_webp,
+    read_comment,
+    read_video,
+    write_whole,
+)
 from vc2.seeding import generator
 
 TEXT = json.dumps({"prompt": 'a "red" ball <moves> & \u4f60' * 30, "seed": 7})

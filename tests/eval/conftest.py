@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vc2.data.decode import encode_mp4
+from vc2.data.video_files import encode_mp4
 from vc2.eval.metrics import METRICS
 from vc2.eval.report import (
     BeforeAfter,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vc2.artifacts import Checkpoint, FileEntry, Manifest, SampleSet, commit, load_manifest, put_object, verify
-from vc2.data.decode import read_video
+from vc2.data.video_files import read_video
 from vc2.errors import ConfigError
 from vc2.eval.config import Prompt, SampleStage
 from vc2.eval.generate import Launch, cut_into_groups, generate, prompt_seed

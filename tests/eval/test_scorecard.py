@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vc2.artifacts import Manifest, SampleSet, commit, put_file, verify
-from vc2.data.decode import encode_mp4
+from vc2.data.video_files import encode_mp4
 from vc2.errors import Vc2Error
 from vc2.eval.config import EvaluateStage, Prompt
 from vc2.eval.leaderboard import ASPECTS as PUBLISHED_ASPECTS

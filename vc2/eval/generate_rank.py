@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vc2.artifacts import Manifest, load_manifest, put_file
-from vc2.data.decode import encode_mp4
+from vc2.data.video_files import encode_mp4
 from vc2.errors import ConfigError
 from vc2.eval.config import Prompt, SampleStage
 from vc2.eval.generate import Group, GroupRecord, SampleJob, prompt_seed, record_key, samples_prefix

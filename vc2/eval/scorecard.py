@@ -209,7 +209,7 @@ def sampled_videos(store: Store, samples: SampleSet, prompts: Sequence[Prompt]) 
 
 
 def _decoded(store: Store, entry: FileEntry) -> np.ndarray:
-    from vc2.data.decode import read_video
+    from vc2.data.video_files import read_video
 
     data = store.read(entry.key)
     if (found := hashlib.sha256(data).hexdigest()) != entry.sha256:

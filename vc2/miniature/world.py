@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vc2.config import digest
-from vc2.data.decode import write_mp4
+from vc2.data.video_files import write_mp4
 from vc2.errors import SourceError
 from vc2.miniature import scene as words
 from vc2.miniature.config import WorldConfig
