@@ -1,15 +1,18 @@
+import hashlib
 import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vc2.data.config import SampleForm
-from vc2.data.ledger import SCHEMA, parquet_bytes
-from vc2.data.plan import draw_clips, make_plan, read_slots
+from vc2.data.config import FolderSource, SampleForm, ShardStage
+from vc2.data.ledger import SCHEMA
+from vc2.data.plan import PLAN, Known, Planner, draw_clips, read_slots
 from vc2.data.rejects import RejectReason
 from vc2.storage import LocalStore
 
@@ -23,7 +26,7 @@ def ledger_line(row: int, **changes: Any) -> dict[str, Any]:
         "captions": "{}",
         "extra": "{}",
         "detail": "",
-        "sha256": f"{row:064x}",
+        "sha256": hashlib.sha256(b"%d" % row).hexdigest(),
         "size": 10,
         "width": 96,
         "height": 64,
@@ -35,11 +38,33 @@ def ledger_line(row: int, **changes: Any) -> dict[str, Any]:
     return line | changes
 
 
-def ledger_of(lines: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(lines, SCHEMA)
-
-
 FORM = SampleForm(num_frames=8, width=32, height=32)
+LEDGER = SCHEMA.append(pa.field("ledger", pa.string()))
+
+
+def planned(
+    lines: list[dict[str, Any]],
+    seed: int,
+    samples_per_shard: int,
+    folder: Path,
+    *,
+    part: int = 7,
+    known: Known | None = None,
+    **settings: Any,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The plan of ledger rows handed in by `part`, and the rows that are not in it."""
+    source = FolderSource(name="mine", media="video", folder=".")
+    config = ShardStage.model_validate(
+        {"source": source, "form": FORM, "seed": seed, "samples_per_shard": samples_per_shard} | settings
+    )
+    planner = Planner(config, folder / "spool", known=known)
+    for start in range(0, len(lines), part):
+        planner.add(pa.Table.from_pylist(lines[start : start + part], LEDGER))
+    assert planner.rows == len(lines)
+    unplanned = planner.write(folder / "plan.parquet")
+    plan = pq.read_table(folder / "plan.parquet")
+    assert plan.schema == PLAN
+    return plan.to_pylist(), unplanned.to_pylist()
 
 
 @settings(max_examples=200, deadline=None)
@@ -90,53 +115,101 @@ def test_an_uneven_video_is_sampled_by_time() -> None:
     assert clip["fps"] == 6
 
 
-def test_plan_is_a_pure_function_and_its_order_is_stable() -> None:
-    """Same ledger, same plan; without some rows the others keep order and draws; another seed moves all."""
+@settings(max_examples=40, deadline=None)
+@given(
+    frames=st.integers(1, 60),
+    num_frames=st.integers(2, 16),
+    stride=st.integers(1, 4),
+    policy=st.sampled_from(["stride", "hold", "reject"]),
+)
+def test_a_short_video_is_treated_as_the_form_says(frames: int, num_frames: int, stride: int, policy: Any) -> None:
+    """Held: always a clip, its last frame repeated. Rejected: only where the stride drawn fits. Else: whatever fits."""
+    form = SampleForm(num_frames=num_frames, width=32, height=32, min_stride=1, max_stride=stride, short_clip=policy)
+    clips = draw_clips(ledger_line(0, frames=frames), form, 5)
+    (longest,) = draw_clips(ledger_line(0, frames=10_000), form, 5)
+    fits = (num_frames - 1) * longest["stride"] < frames
+    if policy == "stride":
+        assert bool(clips) == (frames >= num_frames)
+        return
+    assert bool(clips) == (fits or policy == "hold")
+    for clip in clips:
+        even = range(clip["start"], clip["start"] + num_frames * clip["stride"], clip["stride"])
+        assert clip["stride"] == longest["stride"]
+        assert clip["indices"] == [min(number, frames - 1) for number in even]
+
+
+def test_plan_is_a_pure_function_and_its_order_is_stable(tmp_path: Path) -> None:
+    """Same ledger, same plan, in whatever parts it comes; without some rows the others keep order and draws; another
+    seed moves all."""
     lines = [ledger_line(row) for row in range(40)]
-    plan, verdicts = make_plan(ledger_of(lines), FORM, 7, 16)
-    assert plan.equals(make_plan(ledger_of(lines), FORM, 7, 16)[0])
-    assert verdicts["reason"].null_count == 40
-    assert plan["shard"].to_pylist() == [n // 16 for n in range(40)]
-    assert plan["slot"].to_pylist() == [n % 16 for n in range(40)]
-    part, _ = make_plan(ledger_of(lines[::2]), FORM, 7, 16)
-    left = [(line["key"], line["indices"]) for line in plan.to_pylist() if line["row"] % 2 == 0]
-    assert left == [(line["key"], line["indices"]) for line in part.to_pylist()]
-    other, _ = make_plan(ledger_of(lines), FORM, 8, 16)
-    assert other["key"].to_pylist() != plan["key"].to_pylist()
+    plan, unplanned = planned(lines, 7, 16, tmp_path)
+    assert (plan, unplanned) == planned(lines, 7, 16, tmp_path, part=40) and unplanned == []
+    assert [line["shard"] for line in plan] == [n // 16 for n in range(40)]
+    assert [line["slot"] for line in plan] == [n % 16 for n in range(40)]
+    part, _ = planned(lines[::2], 7, 16, tmp_path)
+    left = [(line["key"], line["indices"]) for line in plan if line["row"] % 2 == 0]
+    assert left == [(line["key"], line["indices"]) for line in part]
+    other, _ = planned(lines, 8, 16, tmp_path)
+    assert [line["key"] for line in other] != [line["key"] for line in plan]
 
 
-def test_every_row_has_one_verdict_and_the_first_of_equal_files_stays() -> None:
+def test_every_row_has_one_verdict_and_the_first_of_equal_files_stays(tmp_path: Path) -> None:
     """Unfit rows are out with their reason; duplicates are judged last, so an unfit row hides no good one."""
     lines = [
-        ledger_line(0, sha256="same", caption="x"),
-        ledger_line(1, sha256="same"),
-        ledger_line(2, sha256="same"),
+        ledger_line(0, sha256="aa" * 32, caption="x"),
+        ledger_line(1, sha256="aa" * 32),
+        ledger_line(2, sha256="aa" * 32),
         ledger_line(3, frames=7),
         ledger_line(4, width=20),
         ledger_line(5, reason="http_404", detail="HTTP 404", sha256=None, frames=None),
         ledger_line(6),
+        ledger_line(7, sha256="bb" * 32),
     ]
-    plan, verdicts = make_plan(ledger_of(lines), FORM, 0, 4)
-    assert verdicts["reason"].to_pylist() == [
-        RejectReason.CAPTION_TOO_SHORT,
-        None,
-        RejectReason.DUPLICATE,
-        RejectReason.TOO_SHORT,
-        RejectReason.TOO_SMALL,
-        RejectReason.HTTP_404,
-        None,
+    plan, unplanned = planned(lines, 0, 4, tmp_path, part=3, known=Known(["cc" * 32, "bb" * 32], ["old", "older"]))
+    assert [(line["row"], line["reason"]) for line in unplanned] == [
+        (0, RejectReason.CAPTION_TOO_SHORT),
+        (2, RejectReason.DUPLICATE),
+        (3, RejectReason.TOO_SHORT),
+        (4, RejectReason.TOO_SMALL),
+        (5, RejectReason.HTTP_404),
+        (7, RejectReason.DUPLICATE),
     ]
-    assert verdicts["duplicate_of"].to_pylist()[2] == "key1"
-    assert sorted(plan["row"].to_pylist()) == [1, 6]
+    assert [line["duplicate_of"] for line in unplanned] == [None, "key1", None, None, None, "older"]
+    assert sorted(line["row"] for line in plan) == [1, 6]
 
 
-def test_a_worker_reads_only_its_shard_of_the_plan(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("limit", "line", "reason"),
+    [
+        ({"max_aspect": 2.0}, {"width": 400, "height": 100}, "aspect"),
+        ({"max_aspect": 2.0}, {"aspect": "3/2"}, "aspect"),
+        ({"min_duration": 3}, {"duration": 2.0}, "too_short"),
+        ({"max_duration": 1}, {"duration": 2.0}, "too_long"),
+        ({"max_caption": 5}, {}, "caption_too_long"),
+        ({"max_pwatermark": 0.5}, {"extra": '{"pwatermark": 0.8}'}, "watermark"),
+        ({"max_punsafe": 0.5}, {"extra": '{"punsafe": 0.8}'}, "unsafe"),
+        ({"min_similarity": 0.3}, {"extra": '{"similarity": 0.2}'}, "unlike_caption"),
+        ({"min_aesthetic": 5}, {"extra": '{"aesthetic": NaN}'}, "unaesthetic"),
+        ({"languages": ["de"]}, {"caption": "a brown dog runs through the garden of a house"}, "language"),
+    ],
+)
+def test_each_limit_has_its_reason(limit: dict[str, Any], line: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    """A row beyond a limit is out for that reason; one within it, or one without the score, stays."""
+    lines = [ledger_line(0), ledger_line(1, **line)]
+    if reason in ("caption_too_long", "language"):
+        lines[0]["caption"] = "hund" if reason == "caption_too_long" else "der Hund rennt durch den Garten vor dem Haus"
+    plan, unplanned = planned(lines, 0, 4, tmp_path, filters=limit)
+    assert [(one["row"], one["reason"]) for one in unplanned] == [(1, reason)]
+    assert [one["row"] for one in plan] == [0]
+    assert planned(lines, 0, 4, tmp_path)[1] == []
+
+
+def test_a_worker_reads_only_its_shard_of_the_plan(tmp_path: Path) -> None:
     """One row group is one shard, found by ranged reads."""
-    plan, _ = make_plan(ledger_of([ledger_line(row) for row in range(10)]), FORM, 0, 4)
+    plan, _ = planned([ledger_line(row) for row in range(10)], 0, 4, tmp_path)
     store = LocalStore(tmp_path)
-    store.write("plan.parquet", parquet_bytes(plan, rows_per_group=4))
     read = [line for shard in range(3) for line in read_slots(store, "plan.parquet", "digest", shard)]
-    assert read == plan.to_pylist()
+    assert read == plan and [line["shard"] for line in plan] == [0] * 4 + [1] * 4 + [2] * 2
 
 
 def test_labels_of_images_are_left_to_the_loader() -> None:

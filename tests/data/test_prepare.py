@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vc2.artifacts import Manifest, ShardSet, fingerprint, load_manifest, verify
-from vc2.data.config import STAGE, STAGE_VERSION, FolderSource, ShardStage, WebVidSource, ledger_prefix, source_digest
+from vc2.artifacts import Manifest, ShardSet, load_manifest, verify
+from vc2.data.config import FolderSource, ShardStage, WebVidSource, ledger_prefix, shard_fingerprint, source_digest
 from vc2.data.fetch import workplace
 from vc2.data.ledger import write_verdict
 from vc2.data.prepare import prepare
@@ -74,12 +74,13 @@ def stage_of(source: Any, **changes: Any) -> ShardStage:
 
 
 def fingerprint_of(config: ShardStage) -> str:
-    return fingerprint(STAGE, STAGE_VERSION, config, {"source": source_digest(config.source)})
+    return shard_fingerprint("shard", config, source_digest(config.source))
 
 
 def made(config: ShardStage, root: Path) -> tuple[Store, ShardSet, Manifest]:
     store = LocalStore(root / "store")
     shards = prepare(config, store, root / "work", fingerprint=fingerprint_of(config))
+    assert shards is not None
     return store, shards, load_manifest(store, shards.prefix)
 
 
@@ -129,7 +130,7 @@ def test_frames_are_those_of_the_plan(unbroken: tuple[Store, ShardSet, Manifest]
     for row in rows_of(store, shards, "index"):
         slot = plan[row["shard"], row["slot"]]
         key = manifest.file(f"shard-{row['shard']:06d}.tar").key
-        frames = read_frames(store, key, row["offset"], row["length"], row["frame_bytes"])
+        frames = read_frames(store, key, row["offset"], row["length"], row["frame_bytes"], row["ending"])
         assert frames.shape == (8, 24, 40, 3)
         with av.open(str(Path(source.videos or "") / slot["locator"])) as container:
             rate = container.streams.video[0].average_rate
@@ -168,15 +169,13 @@ def test_any_kill_and_any_number_of_workers_give_the_same_bytes(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    awaited = [f"{ledger_prefix(config)}/part-00001.parquet", f"{unbroken[1].prefix}/parts/shard-000001.parquet"][
-        moment - 1
-    ]
+    awaited = [f"{ledger_prefix(config)}/part-0000001.parquet", f"{unbroken[1].prefix}/parts/shard-000001."][moment - 1]
     deadline = time.monotonic() + 120
-    while store.entry(awaited) is None and child.poll() is None and time.monotonic() < deadline:
+    while not [*store.list(awaited)] and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    assert store.entry(awaited) is not None
+    assert [*store.list(awaited)]
     _, _, manifest = made(config, tmp_path)
     assert manifest.content_digest == unbroken[2].content_digest
     assert [entry.sha256 for entry in manifest.files] == [entry.sha256 for entry in unbroken[2].files]
@@ -200,7 +199,7 @@ def test_clips_of_one_video_share_its_fate_or_are_counted_apart(
     write_verdict(store, ledger_prefix(config), sha256, RejectReason.DECODE_TIMEOUT, "too slow")
     _, shards, manifest = made(config, tmp_path)
     counts = manifest.counts
-    assert (counts["clips_planned"], counts["samples"], counts["clips_rejected"]) == (20, 18, 0)
+    assert (counts["samples"], counts["clips_rejected"]) == (18, 0)
     assert (counts["rows_with_samples"], counts["rows_rejected"], counts["rows_duplicate"]) == (9, 7, 1)
     assert manifest.facts["reasons"]["decode_timeout"] == 1
     index = rows_of(store, shards, "index")
@@ -236,13 +235,13 @@ def test_own_photographs_go_the_same_way(photographs: list[Path], ray_address: s
         assert row["caption"] == f"a photograph of a {row['key']}"
         assert (row["fps"], row["num_frames"]) == (0, 1)
         key = manifest.file("shard-000000.tar").key
-        frame = read_frames(store, key, row["offset"], row["length"], row["frame_bytes"])[0]
+        frame = read_frames(store, key, row["offset"], row["length"], row["frame_bytes"], row["ending"])[0]
         with Image.open(folder / f"{row['key']}.jpg") as image:
             scale = max(320 / image.width, 200 / image.height)
             size = round(image.width * scale), round(image.height * scale)
-            whole = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(int)
+            whole = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(int)
         top, left = (size[1] - 200) // 2, (size[0] - 320) // 2
-        assert np.abs(frame - whole[top : top + 200, left : left + 320]).mean() < 5
+        assert np.abs(frame - whole[top : top + 200, left : left + 320]).mean() < 7
 
 
 def test_what_a_sample_is_made_of_stands_in_the_tar(unbroken: tuple[Store, ShardSet, Manifest]) -> None:

@@ -1,13 +1,15 @@
 """The ledger: for every row of a source what was fetched and found, or the reason why not.
 
 It grows in *parts* under `ledgers/<source>/<digest>/`. A part is a Parquet file, written once and last: parts that
-are there are never fetched again. Bytes that came over the network or out of an archive lie in one blob beside it,
-named by its content, and the rows hold offset and length; files of a local tree are not copied.
+are there are never fetched again. Bytes that came over the network or out of a compressed archive lie in one blob
+beside it, named by its content, and the rows hold offset and length; files of their own and members of plain tars are
+not copied.
 
-    part-00012.parquet            rows of the tables, in order                 (rows hold blob, offset, length)
-    part-003-00012.parquet        members of archive 3, in order               (JourneyDB: joined with the tables when
-    collected) part-00012-<sha256>.bin       the bytes of a part verdicts/<sha256>.json        a file that missed its
-    deadline while a shard was built: rejected from then on
+    part-0000012.parquet          rows of the tables, in order (rows hold blob, offset, length)
+    part-000003-00012.parquet     members of archive 3, in order (JourneyDB: joined with the tables when read)
+    part-0000012-<digest>.bin     the bytes of a part
+    verdicts/<sha256>.json        a file that missed its deadline while a shard was built: rejected from then on
+    complete.json                 all parts are there
 
 Network and deadlines are not reproducible; the ledger is where their outcome is fixed, once. Everything after it is a
 pure function.
@@ -15,27 +17,33 @@ pure function.
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vc2.data.config import JourneyDBSource, ShardStage
+from vc2.config import digest
 from vc2.data.rejects import RejectReason
-from vc2.data.sources import Record, read_records
-from vc2.storage import Store, file_digest
+from vc2.data.sources import Record
+from vc2.storage import Store
 
 __all__ = [
     "SCHEMA",
-    "collect",
+    "Media",
+    "is_complete",
     "is_last",
     "parquet_bytes",
     "part_names",
     "read_part",
+    "read_parts",
     "read_verdicts",
     "row_of",
+    "rows_carried",
+    "set_complete",
     "write_part",
     "write_verdict",
 ]
@@ -52,7 +60,7 @@ SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("sha256", pa.string()),
         ("size", pa.int64()),  # bytes
-        ("blob", pa.string()),  # name in the ledger's folder; null: a local file
+        ("blob", pa.string()),  # name in the ledger's folder, or URI of a plain tar; null: a file of its own
         ("offset", pa.int64()),
         ("width", pa.int32()),  # pixels as shown
         ("height", pa.int32()),
@@ -89,16 +97,17 @@ def write_part(
     Args:
         store: Where.
         prefix: Folder of the ledger.
-        name: For example `part-00012`.
-        rows: See `SCHEMA`; rows with an `offset` get the key of the blob.
+        name: For example `part-0000012`.
+        rows: See `SCHEMA`; rows with an `offset` and no `blob` get the key of the blob.
         blob: The bytes of the part, if there are any.
         last: Whether no part of the same archive follows.
     """
     key = None
     if blob is not None and blob.stat().st_size:
-        key = f"{name}-{file_digest(blob).sha256[:16]}.bin"
+        held = [[row["offset"], row["sha256"]] for row in rows if row["offset"] is not None and row["blob"] is None]
+        key = f"{name}-{digest(held)[:16]}.bin"
         store.upload(blob, f"{prefix}/{key}")
-    rows = [row | {"blob": key if row["offset"] is not None else None} for row in rows]
+    rows = [row | {"blob": key} if row["offset"] is not None and row["blob"] is None else row for row in rows]
     table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"last": "yes" if last else "no"})
     store.write_if_absent(f"{prefix}/{name}.parquet", parquet_bytes(table))
 
@@ -119,49 +128,77 @@ def is_last(store: Store, prefix: str, name: str) -> bool:
     return metadata.get(b"last") == b"yes"
 
 
-def collect(
-    store: Store, prefix: str, config: ShardStage, names: Sequence[str] | None = None
-) -> tuple[pa.Table, pa.Table]:
-    """The ledger as one table, a line per row of the source in total order; and the media that no row names.
+def read_parts(store: Store, prefix: str, names: Iterable[str] | None = None) -> Iterator[pa.Table]:
+    """Parts in order, each with a further column `ledger`: the folder they lie in.
 
     Args:
         store: Where.
         prefix: Folder of the ledger.
-        config: Needed for its source, whose tables a JourneyDB ledger is joined with.
         names: Only these parts; default: all.
     """
-    parts = [read_part(store, prefix, name) for name in (part_names(store, prefix) if names is None else names)]
-    table = pa.concat_tables(parts).replace_schema_metadata(None) if parts else SCHEMA.empty_table()
-    if not isinstance(config.source, JourneyDBSource):
-        return table, SCHEMA.empty_table()
-    return _joined(config.source, table)
+    for name in part_names(store, prefix) if names is None else names:
+        part = read_part(store, prefix, name).replace_schema_metadata(None)
+        yield part.append_column("ledger", pa.array([prefix] * part.num_rows, pa.string()))
 
 
-def _joined(source: JourneyDBSource, media: pa.Table) -> tuple[pa.Table, pa.Table]:
-    lines = media.to_pylist()
-    place: dict[str, int] = {}
-    for number, line in enumerate(lines):
-        if line["key"]:
-            place.setdefault(line["key"], number)
-    used, rows = set(), []
-    for record in read_records(source):
-        number = place.get(record.key) if record.key else None
-        if number is not None:
-            used.add(number)
-        if record.reason is not None:
-            rows.append(row_of(record))
-        elif number is None:
-            rows.append(row_of(record) | {"reason": str(RejectReason.UNMATCHED_ROW), "detail": "in no archive"})
-        else:
+def is_complete(store: Store, prefix: str) -> bool:
+    """Whether nothing is left to fetch."""
+    return store.entry(f"{prefix}/complete.json") is not None
+
+
+def set_complete(store: Store, prefix: str, carried: int) -> None:
+    """Note that all parts are there, and how many rows of the source stand in earlier ledgers."""
+    store.write_if_absent(f"{prefix}/complete.json", _json({"carried": carried}).encode())
+
+
+def rows_carried(store: Store, prefix: str) -> int:
+    """Rows of the source that a complete ledger does not tell of, since earlier ones do."""
+    return json.loads(store.read(f"{prefix}/complete.json"))["carried"]
+
+
+class Media:
+    """What archives hold, to be joined with the rows of tables by key (JourneyDB).
+
+    Args:
+        parts: Parts of ledgers, the newest first: of several members with one key the first counts.
+    """
+
+    def __init__(self, parts: Iterable[pa.Table]) -> None:
+        tables = [*parts]
+        schema = SCHEMA.append(pa.field("ledger", pa.string()))
+        self.table = pa.concat_tables(tables) if tables else schema.empty_table()
+        self._keys = self.table["key"].combine_chunks() if tables else pa.array([], pa.string())
+        self._seen = np.zeros(self.table.num_rows, bool)
+
+    def join(self, records: Sequence[Record]) -> pa.Table:
+        """Ledger rows of records: what they say and what was found of their media."""
+        places = pc.index_in(pa.array([record.key for record in records], pa.string()), value_set=self._keys)  # type: ignore[attr-defined]
+        found = iter(self.table.take(places.drop_null()).to_pylist())
+        rows = []
+        for record, place in zip(records, places.to_pylist(), strict=True):
+            media = next(found) if place is not None else None
             said = row_of(record)
-            own = {name: said[name] for name in ("row", "key", "caption", "captions", "extra")}
-            rows.append(lines[number] | own)
-    alone = [
-        line | {"reason": str(RejectReason.UNMATCHED_MEDIA), "detail": line["detail"] or "no row names it"}
-        for number, line in enumerate(lines)
-        if number not in used
-    ]
-    return pa.Table.from_pylist(rows, SCHEMA), pa.Table.from_pylist(alone, SCHEMA)
+            if record.reason is not None:
+                rows.append(said)
+            elif media is None:
+                rows.append(said | {"reason": str(RejectReason.UNMATCHED_ROW), "detail": "in no archive"})
+            else:
+                own = {name: said[name] for name in ("row", "key", "caption", "captions", "extra")}
+                rows.append(media | own)
+        return pa.Table.from_pylist(rows, self.table.schema)
+
+    def claim(self, records: Sequence[Record]) -> None:
+        """Note that rows name these media."""
+        places = pc.index_in(pa.array([record.key for record in records], pa.string()), value_set=self._keys)  # type: ignore[attr-defined]
+        self._seen[places.drop_null().to_numpy()] = True
+
+    def unclaimed(self) -> pa.Table:
+        """Media that no row names."""
+        alone = self.table.filter(pa.array(~self._seen))
+        reason = pa.array([str(RejectReason.UNMATCHED_MEDIA)] * alone.num_rows, pa.string())
+        detail = pc.if_else(pc.equal(pc.fill_null(alone["detail"], ""), ""), "no row names it", alone["detail"])  # type: ignore[attr-defined]
+        alone = alone.set_column(alone.schema.get_field_index("reason"), "reason", reason)
+        return alone.set_column(alone.schema.get_field_index("detail"), "detail", detail)
 
 
 def write_verdict(store: Store, prefix: str, sha256: str, reason: RejectReason, detail: str) -> None:

@@ -5,91 +5,82 @@ small description, and a worker reads and writes the store by itself. Each part 
 own, so a kill costs those in work and no more, and what a shard holds depends on ledger and plan alone: same bytes
 for any number of workers and after any kill.
 
-    shards/<source>/<fingerprint>/plan.parquet                what goes where
-    shards/<source>/<fingerprint>/parts/shard-000123.parquet  a shard is finished: its slots, and its tar among the
-    objects shards/<source>/<fingerprint>/index.parquet               a row per sample
-    shards/<source>/<fingerprint>/rejects.parquet             a row per thing left out, with its reason
-    shards/<source>/<fingerprint>/manifest.json               the set is finished
-
-Accounting, asserted for every set: every row of the source has exactly one fate, so
-
-    rows = rows with at least one sample + rows rejected, by reason + rows with the bytes of an earlier row
-
-A row all of whose clips fail is rejected with the reason of its first clip; clips lost of a row that keeps others are
-counted apart (`clips_rejected`), as are media that no row names (`media_unmatched`).
+    shards/<source>/<fingerprint>/plan.parquet       what goes where
+    shards/<source>/<fingerprint>/parts/...          a shard is finished: its slots, and its tar among the objects
+    shards/<source>/<fingerprint>/index.parquet      a row per sample
+    shards/<source>/<fingerprint>/rejects.parquet    a row per thing left out, with its reason
+    shards/<source>/<fingerprint>/manifest.json      the set is finished
 """
 
-import hashlib
-import io
 import json
 import logging
+import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vc2 import errors
-from vc2.artifacts import FileEntry, Manifest, ShardSet, commit, find, put_file, put_object, shard_set_prefix
+from vc2.artifacts import FileEntry, ShardSet, find, put_file, shard_set_prefix
 from vc2.data import ledger as ledgers
-from vc2.data.config import (
-    STAGE,
-    STAGE_VERSION,
-    JourneyDBSource,
-    ShardStage,
-    archive_files,
-    ledger_prefix,
-    source_digest,
+from vc2.data.accounts import require_yield
+from vc2.data.build import build_shard, finished_shards, strip_shard
+from vc2.data.config import Change, ShardStage, archive_uris
+from vc2.data.fetch import fetch_archive, fetch_rows, workplace
+from vc2.data.generations import (
+    Selection,
+    mark_set,
 )
-from vc2.data.decode import Decoder, MediaError, shared_decoder
-from vc2.data.fetch import fetch_archive, fetch_rows, local_file, workplace
-from vc2.data.ledger import parquet_bytes
-from vc2.data.plan import make_plan, read_slots
+from vc2.data.ledger import SCHEMA, parquet_bytes
+from vc2.data.plan import Planner, judge
 from vc2.data.rejects import RejectReason
-from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
+from vc2.data.sets import Gathered, Job, Removal, commit_set, gather, is_reconsidered
 from vc2.data.sources import Record, read_records
-from vc2.errors import Vc2Error, YieldTooLow
+from vc2.errors import Vc2Error
 from vc2.launch import ray_session
-from vc2.progress import Progress, silent
-from vc2.storage import Store, file_digest, open_store
+from vc2.progress import Meter, Progress, silent
+from vc2.storage import Store, open_store
 
-__all__ = ["REJECTS", "prepare"]
+__all__ = ["prepare"]
 
 EARLY_ROWS = 1000  # rows after which a hopeless source is given up
 WINDOW = 256  # pieces of work described to Ray at a time
-
-REJECTS = pa.schema(
-    [
-        ("what", pa.string()),  # row, clip (of a row that keeps others), media (that no row names), duplicate
-        ("row", pa.int64()),
-        ("clip", pa.int32()),
-        ("key", pa.string()),
-        ("locator", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("duplicate_of", pa.string()),
-    ]
-)
+JOINED_AT_ONCE = 4096  # rows
 
 
 def prepare(
-    config: ShardStage, store: Store, work: Path, *, fingerprint: str, repeat: int = 0, progress: Progress = silent
-) -> ShardSet:
+    config: ShardStage,
+    store: Store,
+    work: Path,
+    *,
+    fingerprint: str,
+    change: Change | None = None,
+    repeat: int = 0,
+    only: range | None = None,
+    progress: Progress = silent,
+) -> ShardSet | None:
     """Make the shard set of a source, or find it, or finish it.
 
     Args:
         config: The source and the form of its samples.
         store: Where ledger and shards go; workers reach it by its URI.
         work: Folder for temporary files, on every machine.
-        fingerprint: Name of the set (`artifacts.fingerprint` with `source_digest` as input).
+        fingerprint: Name of the set (`generations.shard_fingerprint`).
+        change: How the set differs from its parent; None: made from scratch.
         repeat: Raised to fetch and build once more.
+        only: Build these shards alone. The set is committed by whoever finds all shards built.
         progress: Told about parts and shards.
+
+    Returns:
+        The set; None if `only` leaves shards to be built.
 
     Raises:
         SourceError: If the source as a whole cannot be read.
@@ -98,154 +89,253 @@ def prepare(
     """
     prefix = shard_set_prefix(config.source.name, fingerprint)
     if (done := find(store, prefix, ShardSet)) is not None:
+        mark_set(store, config.source.name, fingerprint)
         return done
-    started = time.monotonic()
-    ledger = ledger_prefix(config, repeat)
-    stage = _Stage(config, store, work, prefix, ledger, progress)
-    with ray_session():
-        stage.fetch()
-        fetched = time.monotonic()
-        table, unmatched = ledgers.collect(store, ledger, config)
-        plan, verdicts = make_plan(table, config.form, config.seed, config.samples_per_shard)
-        _check_yield(config, verdicts, f"{table.num_rows} rows")
-        slots, tars = stage.build(plan)
-    built = time.monotonic()
-    index = slots.filter(pc.is_null(slots["reason"]))  # type: ignore[attr-defined]
-    rejects, counts = _accounts(verdicts, slots, unmatched)
-    fates = Counter(rejects.filter(pc.equal(rejects["what"], "row"))["reason"].to_pylist())  # type: ignore[attr-defined]
-    _require_yield(config, counts, fates, rejects)
-    manifest = Manifest(
-        kind="shard_set",
-        stage=STAGE,
-        stage_version=STAGE_VERSION,
-        fingerprint=fingerprint,
-        repeat=repeat,
-        config=config.model_dump(mode="json"),
-        inputs={},
-        files=(
-            *tars,
-            put_file(store, prefix, "plan.parquet", _plan_bytes(plan, config)),
-            put_file(store, prefix, "index.parquet", parquet_bytes(index)),
-            put_file(store, prefix, "rejects.parquet", parquet_bytes(rejects)),
-        ),
-        counts=counts | {"shards": len(tars)},
-        facts={
-            "source": config.source.name,
-            "source_digest": source_digest(config.source),
-            "ledger": ledger,
-            "media": config.source.media,
-            "reasons": dict(sorted(fates.items())),
-            "fps_histogram": _histogram(index) if config.source.media == "video" else {},
-            "seconds": {"fetch": round(fetched - started, 2), "build": round(built - fetched, 2)},
-        },
-        licenses={config.source.name: config.source.license},
-        seconds=round(time.monotonic() - started, 2),
-    )
-    return cast(ShardSet, commit(store, prefix, manifest))
+    with workplace(work) as folder, ExitStack() as stack:
+        job = Job.of(config, store, folder, fingerprint, change, repeat)
+        return _Making(job, work, stack, progress).make(only)
 
 
-class _Stage:
-    """What the driver and all pieces of work of one stage share."""
+class _Making:
+    """A set in the making."""
 
-    def __init__(
-        self, config: ShardStage, store: Store, work: Path, prefix: str, ledger: str, progress: Progress
-    ) -> None:
-        self.config, self.store, self.prefix, self.ledger, self.progress = config, store, prefix, ledger, progress
+    def __init__(self, job: Job, work: Path, stack: ExitStack, progress: Progress) -> None:
+        self.job, self.config, self.store, self.ledger = job, job.config, job.store, job.ledger
+        self.stack, self.progress = stack, progress
         self.common = {
-            "config": config.model_dump_json(),
-            "store": store.uri,
+            "config": job.config.model_dump_json(),
+            "store": job.store.uri,
             "work": str(work),
-            "ledger": ledger,
-            "prefix": prefix,
+            "ledger": job.ledger,
+            "prefix": job.prefix,
+            "generation": job.generation,
         }
+        self.has_ray = False
 
-    # ---- the ledger ----
+    def make(self, only: range | None) -> ShardSet | None:
+        started = time.monotonic()
+        if self.job.change and self.job.change.kind == "remove":
+            return commit_set(self.job, self._strip(), started)
+        self._timed("fetch", self._fetch)
+        self._timed("plan", self._plan)
+        if not self._timed("build", self._build, only):
+            return None
+        return commit_set(self.job, gather(self.job, self.planned, self._tells_unmatched), started)
 
-    def fetch(self) -> None:
+    def _spread(self, work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]) -> Iterator[Any]:
+        """`_spread`, with Ray started when there is first something to spread: one piece alone is done here, unless
+        there is a cluster to do it."""
+        if len(items) == 1 and not self.has_ray and "RAY_ADDRESS" not in os.environ:
+            yield work(items[0])
+            return
+        if items and not self.has_ray:
+            started = time.monotonic()
+            self.stack.enter_context(ray_session())
+            self.job.seconds["ray_start"], self.has_ray = round(time.monotonic() - started, 2), True
+        yield from _spread(work, items, self.config.workers)
+
+    def _timed(self, name: str, act: Callable[..., Any], *args: Any) -> Any:
+        started = time.monotonic()
+        result = act(*args)
+        self.job.seconds[name] = round(time.monotonic() - started, 2)
+        return result
+
+    # ---- fetch and probe ----
+
+    def _fetch(self) -> None:
         """Complete the ledger; gives up after the first rows if they are hopeless."""
-        self.done_rows = 0
-        pieces = self._archive_pieces() if isinstance(self.config.source, JourneyDBSource) else self._row_pieces()
-        early = 1 if isinstance(self.config.source, JourneyDBSource) else -(-EARLY_ROWS // self.config.fetch.part_rows)
-        self._fetch_window(list(islice(pieces, early)))
-        self._check_early(early)
+        if ledgers.is_complete(self.store, self.ledger):
+            return
+        selection = Selection(self.job.change, self.job.parent, limit=self.config.limit)
+        by_archive = self.config.source.by_archive
+        pieces = self._archive_pieces(selection) if by_archive else self._row_pieces(selection)
+        meter = Meter(self.progress, f"{self.config.source.name}: fetch", "rows")
+        early = 1 if by_archive else -(-EARLY_ROWS // self.config.fetch.part_rows)
+        self._fetch_all(list(islice(pieces, early)), meter)
+        if self.job.change is None:
+            self._check_early()
         while window := list(islice(pieces, WINDOW)):
-            self._fetch_window(window)
-        self.progress(f"{self.config.source.name}: fetch", self.done_rows, self.done_rows)
+            self._fetch_all(window, meter)
+        meter.end()
+        ledgers.set_complete(self.store, self.ledger, selection.carried)
 
-    def _row_pieces(self) -> Iterator[dict[str, Any]]:
-        """A piece for each slice of the tables; None in place of `records` where its part is there already."""
+    def _row_pieces(self, selection: Selection) -> Iterator[dict[str, Any]]:
+        """A piece for each slice of the tables; without `records` where its part is there already."""
         present = set(ledgers.part_names(self.store, self.ledger))
-        records, number = read_records(self.config.source), 0
+        records, number = selection(read_records(self.config.source)), 0
         while slice_ := list(islice(records, self.config.fetch.part_rows)):
-            name = f"part-{number:05d}"
-            yield {
-                "name": name,
-                "rows": len(slice_),
-                "records": None if name in present else [asdict(record) for record in slice_],
-            }
+            name = f"part-{number:07d}"
+            piece = {"name": name, "rows": len(slice_)}
+            yield piece if name in present else piece | {"records": [asdict(record) for record in slice_]}
             number += 1
 
-    def _archive_pieces(self) -> Iterator[dict[str, Any]]:
+    def _archive_pieces(self, selection: Selection) -> Iterator[dict[str, Any]]:
+        """A piece for each archive; without its URI where all its parts are there already."""
         present = ledgers.part_names(self.store, self.ledger)
-        for number, path in enumerate(archive_files(cast(JourneyDBSource, self.config.source))):
-            own = [name for name in present if name.startswith(f"part-{number:03d}-")]
+        wanted = self._wanted(selection)
+        read = set(self.job.parent.manifest.facts["archives"]) if self.job.parent and wanted is None else set()
+        for number, uri in enumerate(archive_uris(self.config.source)):
+            if uri.rpartition("/")[2] in read:
+                continue
+            own = [name for name in present if name.startswith(f"part-{number:06d}-")]
             finished = bool(own) and ledgers.is_last(self.store, self.ledger, own[-1])
-            yield {"archive": None if finished else str(path), "number": number, "first": len(own), "rows": 1}
+            piece = {"number": number, "first": len(own), "wanted": wanted, "rows": 0}
+            yield piece if finished else piece | {"archive": uri}
 
-    def _fetch_window(self, pieces: list[dict[str, Any]]) -> None:
-        missing = [piece for piece in pieces if piece.get("records", piece.get("archive")) is not None]
-        self.done_rows += sum(piece["rows"] for piece in pieces) - sum(piece["rows"] for piece in missing)
-        for said in _spread(_fetch_piece, [self.common | piece for piece in missing], self.config.workers):
-            self.done_rows += said["rows"]
-            self.progress(f"{self.config.source.name}: fetch", self.done_rows)
+    def _wanted(self, selection: Selection) -> list[str] | None:
+        """Keys of the only media to look at, where not all of an archive are."""
+        if self.job.change is not None and self.job.change.kind == "retry":
+            return sorted(selection.retried)
+        if self.config.limit is None or self.config.source.embedded:
+            return None
+        return [record.key for record in islice(read_records(self.config.source), self.config.limit) if record.key]
 
-    def _check_early(self, pieces: int) -> None:
-        names = ledgers.part_names(self.store, self.ledger)
-        if not isinstance(self.config.source, JourneyDBSource):
-            table, unmatched = ledgers.collect(self.store, self.ledger, self.config, names[:pieces])
+    def _fetch_all(self, pieces: list[dict[str, Any]], meter: Meter) -> None:
+        missing = [piece for piece in pieces if "records" in piece or "archive" in piece]
+        meter.found(sum(piece["rows"] for piece in pieces) - sum(piece["rows"] for piece in missing))
+        for said in self._spread(_fetch_piece, [self.common | piece for piece in missing]):
+            meter.add(said["rows"], said["bytes"], said["reasons"])
+
+    def _check_early(self) -> None:
+        names = ledgers.part_names(self.store, self.ledger)[:1000]
+        if self._is_joined:  # rows of the other archives are not missing yet; media here that no row names do count
+            media = ledgers.Media(ledgers.read_parts(self.store, self.ledger, names))
+            table = pa.concat_tables(self._joined_rows(media))
+            unmatched = pc.equal(pc.fill_null(table["reason"], ""), str(RejectReason.UNMATCHED_ROW))  # type: ignore[attr-defined]
+            tables = iter((table.filter(pc.invert(unmatched)), media.unclaimed()))  # type: ignore[attr-defined]
         else:
-            names = [name for name in names if name.startswith("part-000-")]
-            table, unmatched = ledgers.collect(self.store, self.ledger, self.config, names)
-            # Rows of the other archives are not missing yet; media of this one that no row names do count.
-            here = pc.not_equal(pc.fill_null(table["reason"], ""), str(RejectReason.UNMATCHED_ROW))  # type: ignore[attr-defined]
-            table = table.filter(here)
-        _, verdicts = make_plan(table, self.config.form, self.config.seed, self.config.samples_per_shard)
-        extra = unmatched.select(["row", "key", "locator", "reason", "detail"]).append_column(
-            "duplicate_of", pa.nulls(len(unmatched), pa.string())
+            tables = ledgers.read_parts(self.store, self.ledger, names)
+        rows = [row for table in tables for row in table.to_pylist()]
+        judged = [(row, judge(row, self.config)) for row in rows]
+        rejects = [
+            row | {"reason": str(verdict.reason), "detail": verdict.detail}
+            for row, verdict in judged
+            if verdict.reason is not None
+        ]
+        require_yield(self.config, len(rows) - len(rejects), len(rows), rejects, "the first rows")
+
+    # ---- plan ----
+
+    def _plan(self) -> None:
+        """Put the plan into the store, unless it is there: the ledger is complete, so it can only be the same."""
+        key = f"{self.job.prefix}/plan.parquet"
+        if self.store.entry(f"{self.job.prefix}/planned.json") is None:
+            known = self.job.parent.known if self.job.parent else None
+            planner = Planner(self.config, self.job.folder / "spool", known=known, first_shard=self.job.first_shard)
+            selection = Selection(self.job.change, self.job.parent, limit=self.config.limit)
+            for table in self._ledger_rows(selection):
+                planner.add(table)
+            path = self.job.folder / "plan.parquet"
+            unplanned = planner.write(path)
+            unmatched = self.media.unclaimed() if self.media is not None and self._tells_unmatched else None
+            rejects = unplanned.to_pylist() + (unmatched.to_pylist() if unmatched is not None else [])
+            copies = sum(line["reason"] == RejectReason.DUPLICATE for line in unplanned.to_pylist())
+            if self.job.change is None:
+                good, rejects = planner.rows - unplanned.num_rows, [r for r in rejects if r["reason"] != "duplicate"]
+                require_yield(self.config, good, planner.rows - copies, rejects, f"{planner.rows} rows")
+            put_file(self.store, self.job.prefix, "unplanned.parquet", parquet_bytes(unplanned))
+            put_file(self.store, self.job.prefix, "unmatched.parquet", parquet_bytes(unmatched or SCHEMA.empty_table()))
+            found = self.store.upload(path, key)
+            shards, slots = pq.ParquetFile(path).metadata.num_row_groups, pq.ParquetFile(path).metadata.num_rows
+            entry = FileEntry(name="plan.parquet", key=key, size=found.size, sha256=found.sha256)
+            rows = planner.rows + self._carried(selection)
+            said = {"plan": entry.model_dump(), "rows": rows, "shards": shards, "slots": slots}
+            put_file(self.store, self.job.prefix, "planned.json", json.dumps(said).encode())
+        self.planned = json.loads(self.store.read(f"{self.job.prefix}/planned.json"))
+        self.plan = FileEntry.model_validate(self.planned["plan"])
+
+    @property
+    def _tells_unmatched(self) -> bool:
+        """Whether all archives were looked at, so that it is known which media no row names."""
+        return self.config.limit is None and (self.job.change is None or self.job.change.kind == "grow")
+
+    @property
+    def _is_joined(self) -> bool:
+        """Whether media and what is said of them come from different places."""
+        return self.config.source.by_archive and not self.config.source.embedded
+
+    @cached_property
+    def media(self) -> ledgers.Media | None:
+        """What archives hold that are joined with tables: of this ledger first, then of those before it."""
+        if not self._is_joined:
+            return None
+        earlier = (
+            [generation["ledger"] for generation in reversed(self.job.parent.generations)] if self.job.parent else []
         )
-        _check_yield(self.config, pa.concat_tables([verdicts, extra.cast(verdicts.schema)]), "the first rows")
+        folders = [self.ledger, *(folder for folder in earlier if folder)]
+        return ledgers.Media(part for folder in folders for part in ledgers.read_parts(self.store, folder))
 
-    # ---- the shards ----
+    def _ledger_rows(self, selection: Selection) -> Iterator[pa.Table]:
+        """Rows of the source that this generation looks at, in order, with what was found of them."""
+        if self.media is not None:
+            yield from self._joined_rows(self.media, selection)
+            return
+        parts = ledgers.read_parts(self.store, self.ledger)
+        first = self.job.parent.manifest.counts["rows"] if self.job.parent else 0
+        yield from _numbered(parts, first, self.config.limit) if self.config.source.embedded else parts
 
-    def build(self, plan: pa.Table) -> tuple[pa.Table, list[FileEntry]]:
-        """Build the shards that are not there; returns all slots in order and the entries of the tars."""
-        text = _plan_bytes(plan, self.config)
-        plan_sha256 = hashlib.sha256(text).hexdigest()
-        put_file(self.store, self.prefix, "plan.parquet", text)
-        total = (plan["shard"][-1].as_py() + 1) if plan.num_rows else 0
-        finished = self._finished(plan_sha256)
-        missing = [number for number in range(total) if number not in finished]
-        items = (self.common | {"shard": number, "plan_sha256": plan_sha256} for number in missing)
-        label, done, samples = f"{self.config.source.name}: shards", total - len(missing), 0
-        self.progress(label, done, total)
+    def _joined_rows(self, media: ledgers.Media, selection: Selection | None = None) -> Iterator[pa.Table]:
+        """Rows of the tables with what archives hold of them."""
+
+        def claimed() -> Iterator[Record]:
+            records = read_records(self.config.source)
+            while some := list(islice(records, JOINED_AT_ONCE)):
+                media.claim(some)
+                yield from some
+
+        records = (selection or Selection(None, None, limit=self.config.limit))(claimed())
+        while some := list(islice(records, JOINED_AT_ONCE)):
+            yield media.join(some)
+
+    def _carried(self, selection: Selection) -> int:
+        """Rows of the source that earlier generations tell of."""
+        if self.job.parent is None:
+            return 0
+        if not self.config.source.by_archive:
+            return ledgers.rows_carried(self.store, self.ledger)
+        if self.config.source.embedded:
+            rejects = self.job.parent.table("rejects")
+            return self.job.parent.manifest.counts["rows"] - rejects.filter(is_reconsidered(self.job, rejects)).num_rows
+        return selection.carried
+
+    # ---- build ----
+
+    def _strip(self) -> Gathered:
+        """The set without the samples of a removal list: tars that hold some are copied without them."""
+        removal = Removal(self.job)
+        items = [self.common | item for item in removal.items()]
+        meter = Meter(self.progress, f"{self.config.source.name}: shards", "samples", len(items))
+        for said in self._spread(strip_shard, items):
+            meter.add(1, said["bytes"], {}, said["samples"])
+        meter.end()
+        return removal.gathered()
+
+    def _build(self, only: range | None) -> bool:
+        """Build the shards that are not there. True if the set is complete."""
+        total = self.planned["shards"]
+        finished = finished_shards(self.store, self.job.prefix, self.plan.sha256)
+        numbers = {self.job.first_shard + group: group for group in range(total)}
+        missing = {shard: group for shard, group in numbers.items() if shard not in finished}
+        asked = [shard for shard in missing if only is None or shard in only]
+        items = (
+            self.common | {"shard": shard, "group": missing[shard], "plan_sha256": self.plan.sha256} for shard in asked
+        )
+        meter = Meter(self.progress, f"{self.config.source.name}: shards", "samples", total)
+        meter.found(total - len(missing))
         while window := list(islice(items, WINDOW)):
-            for said in _spread(_build_piece, window, self.config.workers):
-                done, samples = done + 1, samples + said["samples"]
-                self.progress(label, done, total, samples=samples, rejected=said["rejected"])
-        finished = self._finished(plan_sha256)
-        slots = pa.concat_tables([finished[number][0] for number in range(total)]) if total else SLOTS.empty_table()
-        return slots, [entry for number in range(total) if (entry := finished[number][1]) is not None]
+            for said in self._spread(build_shard, window):
+                meter.add(1, said["bytes"], said["reasons"], said["samples"])
+        meter.end()
+        return len(asked) == len(missing)
 
-    def _finished(self, plan_sha256: str) -> dict[int, tuple[pa.Table, FileEntry | None]]:
-        """Shards of this very plan that are committed."""
-        found = {}
-        for entry in self.store.list(f"{self.prefix}/parts/shard-"):
-            table = pq.read_table(io.BytesIO(self.store.read(entry.key)), use_threads=False)
-            said = json.loads(table.schema.metadata[b"vc2"])
-            if said["plan_sha256"] == plan_sha256:
-                tar = FileEntry.model_validate(said["tar"]) if said["tar"] else None
-                found[said["shard"]] = table.replace_schema_metadata(None), tar
-        return found
+
+def _numbered(parts: Iterable[pa.Table], first: int, limit: int | None) -> Iterator[pa.Table]:
+    """Members of archives as rows of the source: numbered through, in order, up to a limit."""
+    for part in parts:
+        part = part.slice(0, None if limit is None else max(0, limit - first))
+        rows = pa.array(range(first, first + part.num_rows), pa.int64())
+        yield part.set_column(part.schema.get_field_index("row"), "row", rows)
+        first += part.num_rows
 
 
 # ---- work that is spread ----
@@ -274,7 +364,8 @@ def _spread(
 def _do(row: dict[str, str]) -> dict[str, str]:
     """On a worker. Errors that are meant for the user travel as text: Ray would bury them in its own."""
     try:
-        said = {"_fetch_piece": _fetch_piece, "_build_piece": _build_piece}[row["work"]](json.loads(row["item"]))
+        work = {act.__name__: act for act in (_fetch_piece, build_shard, strip_shard)}[row["work"]]
+        said = work(json.loads(row["item"]))
     except Vc2Error as error:
         said = {"error": type(error).__name__, "message": str(error)}
     return {"said": json.dumps(said)}
@@ -284,173 +375,12 @@ def _fetch_piece(item: dict[str, Any]) -> dict[str, Any]:
     config, store = ShardStage.model_validate_json(item["config"]), open_store(item["store"])
     work = Path(item["work"])
     if "archive" in item:
-        fetch_archive(store, item["ledger"], item["number"], Path(item["archive"]), config, work, first=item["first"])
+        wanted = None if item["wanted"] is None else frozenset(item["wanted"])
+        place = item["number"], item["archive"]
+        counts = fetch_archive(store, item["ledger"], *place, config, work, first=item["first"], wanted=wanted)
     else:
         records = [
             Record(**{**said, "reason": said["reason"] and RejectReason(said["reason"])}) for said in item["records"]
         ]
-        fetch_rows(store, item["ledger"], item["name"], records, config, work)
-    return {"rows": item["rows"]}
-
-
-def _build_piece(item: dict[str, Any]) -> dict[str, Any]:
-    config, store = ShardStage.model_validate_json(item["config"]), open_store(item["store"])
-    decoder = shared_decoder(config.decode_seconds, config.fetch.max_pixels)
-    slots = read_slots(store, f"{item['prefix']}/plan.parquet", item["plan_sha256"], item["shard"])
-    rejected_files = ledgers.read_verdicts(store, item["ledger"])
-    lines: list[dict[str, Any]] = []
-
-    def samples() -> Iterator[ShardSample]:
-        for slot in slots:
-            line = _slot_line(slot, config)
-            try:
-                if slot["sha256"] in rejected_files:
-                    raise MediaError(*rejected_files[slot["sha256"]])
-                sample = _sample(slot, line["key"], config, store, item["ledger"], decoder)
-            except MediaError as error:
-                if error.reason in (RejectReason.DECODE_TIMEOUT, RejectReason.DECODER_CRASHED):
-                    ledgers.write_verdict(store, item["ledger"], slot["sha256"], error.reason, error.detail)
-                lines.append(line | {"reason": str(error.reason), "detail": error.detail})
-                continue
-            lines.append(line)
-            yield sample
-
-    with workplace(Path(item["work"])) as folder:
-        path = folder / "shard.tar"
-        placed = {place["key"]: place for place in write_shard(path, samples())}
-        tar = put_object(store, path, shard_name(item["shard"])) if placed else None
-    said = {"shard": item["shard"], "plan_sha256": item["plan_sha256"], "tar": tar and tar.model_dump(mode="json")}
-    empty = {name: None for name in SLOTS.names}
-    table = pa.Table.from_pylist([empty | line | placed.get(line["key"], {}) for line in lines], SLOTS)
-    table = table.replace_schema_metadata({"vc2": json.dumps(said, sort_keys=True)})
-    store.write(
-        f"{item['prefix']}/parts/{shard_name(item['shard']).removesuffix('.tar')}.parquet", parquet_bytes(table)
-    )
-    return {"samples": len(placed), "rejected": len(lines) - len(placed)}
-
-
-def _slot_line(slot: dict[str, Any], config: ShardStage) -> dict[str, Any]:
-    form = config.form
-    key = slot["key"] if form.clips_per_video == 1 else f"{slot['key']}_{slot['clip']:02d}"
-    same = {name: slot[name] for name in ("shard", "slot", "row", "clip", "locator", "caption", "fps", "sha256")}
-    size = {"num_frames": form.num_frames, "width": form.width, "height": form.height}
-    return same | size | {"key": key, "source_key": slot["key"]}
-
-
-def _sample(
-    slot: dict[str, Any], key: str, config: ShardStage, store: Store, ledger: str, decoder: Decoder
-) -> ShardSample:
-    form = config.form
-    source: Path | bytes
-    if slot["blob"] is not None:
-        source = store.read_range(f"{ledger}/{slot['blob']}", slot["offset"], slot["size"])
-        found = hashlib.sha256(source).hexdigest()
-    else:
-        source = local_file(config.source, slot["locator"])
-        found = file_digest(source).sha256
-    if found != slot["sha256"]:
-        raise MediaError(RejectReason.CHANGED, "not the bytes that were probed")
-    size = {"width": form.width, "height": form.height}
-    if config.source.media == "image":
-        frames = decoder.picture(source, **size)
-    else:
-        frames = decoder.clips(source, [slot["indices"]], slot, **size, decoder=config.decoder)[0]
-    facts = {
-        "source": config.source.name,
-        "license": config.source.license,
-        "num_frames": form.num_frames,
-        **size,
-        **{name: slot[name] for name in ("row", "clip", "locator", "sha256", "caption")},
-        "captions": json.loads(slot["captions"]),
-        "extra": json.loads(slot["extra"]),
-    }
-    if config.source.media == "video":
-        facts |= {name: slot[name] for name in ("fps", "start", "stride", "indices")} | {"source_fps": slot["rate"]}
-    return ShardSample.of(key, frames, facts, quality=config.jpeg_quality)
-
-
-# ---- accounts ----
-
-
-def _accounts(verdicts: pa.Table, slots: pa.Table, unmatched: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-    """The rejects table and the counts of a set.
-
-    Raises:
-        AssertionError: If a row has no fate, or two: a defect of this package.
-    """
-    lost: dict[int, list[dict[str, Any]]] = {}
-    kept: set[int] = set()
-    for line in slots.select(["row", "clip", "source_key", "locator", "reason", "detail"]).to_pylist():
-        if line["reason"] is None:
-            kept.add(line["row"])
-        else:
-            lost.setdefault(line["row"], []).append(line | {"key": line["source_key"]})
-    rejects: list[dict[str, Any]] = []
-    for verdict in verdicts.to_pylist():
-        if verdict["reason"] is not None:
-            duplicate = verdict["reason"] == RejectReason.DUPLICATE
-            rejects.append(verdict | {"what": "duplicate" if duplicate else "row"})
-            continue
-        failed = sorted(lost.get(verdict["row"], ()), key=lambda line: line["clip"])
-        if verdict["row"] not in kept and failed:
-            rejects.append(failed[0] | {"what": "row", "clip": None})
-        else:
-            rejects += [line | {"what": "clip"} for line in failed]
-    rejects += [line | {"what": "media"} for line in unmatched.to_pylist()]
-    what = Counter(line["what"] for line in rejects)
-    counts = {
-        "rows": verdicts.num_rows,
-        "rows_with_samples": len(kept),
-        "rows_rejected": what["row"],
-        "rows_duplicate": what["duplicate"],
-        "samples": slots["reason"].null_count,
-        "clips_planned": slots.num_rows,
-        "clips_rejected": what["clip"],
-        "media_unmatched": what["media"],
-    }
-    if counts["rows"] != counts["rows_with_samples"] + counts["rows_rejected"] + counts["rows_duplicate"]:
-        raise AssertionError(f"a row without a fate, or with two: {counts}")
-    empty = {name: None for name in REJECTS.names}
-    table = pa.Table.from_pylist([{name: (empty | line)[name] for name in REJECTS.names} for line in rejects], REJECTS)
-    return table, counts
-
-
-def _check_yield(config: ShardStage, verdicts: pa.Table, where: str) -> None:
-    reasons = Counter(reason for reason in verdicts["reason"].to_pylist() if reason is not None)
-    duplicates = reasons.pop(str(RejectReason.DUPLICATE), 0)
-    rejected = sum(reasons.values())
-    example = next((line for line in verdicts.to_pylist() if line["reason"] in reasons), None)
-    _require(config, verdicts.num_rows - duplicates - rejected, verdicts.num_rows - duplicates, reasons, example, where)
-
-
-def _require_yield(config: ShardStage, counts: dict[str, int], reasons: Counter[str], rejects: pa.Table) -> None:
-    example = next((line for line in rejects.to_pylist() if line["what"] == "row"), None)
-    rows = counts["rows"] - counts["rows_duplicate"]
-    _require(config, counts["rows_with_samples"], rows, reasons, example, f"{counts['rows']} rows")
-
-
-def _require(
-    config: ShardStage, good: int, rows: int, reasons: Counter[str], example: dict[str, Any] | None, where: str
-) -> None:
-    source = config.source
-    if good > 0 and good >= source.min_yield * rows:
-        return
-    top = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
-    shown = ""
-    if example is not None:
-        said = ": ".join(part for part in (example["reason"], example["detail"]) if part)
-        shown = f"; for example row {example['row']} ({example['locator'] or example['key'] or 'no key'}) {said}"
-    share = 100 * good / rows if rows else 0
-    raise YieldTooLow(
-        f"source {source.name}: only {good} of {rows} rows ({share:.0f} %) in {where} can become samples, "
-        f"{100 * source.min_yield:.0f} % expected: {top}{shown}. "
-        "Check the paths and addresses of the source, or lower its min_yield"
-    )
-
-
-def _plan_bytes(plan: pa.Table, config: ShardStage) -> bytes:
-    return parquet_bytes(plan, rows_per_group=config.samples_per_shard)
-
-
-def _histogram(index: pa.Table) -> dict[str, int]:
-    return {str(fps): count for fps, count in sorted(Counter(index["fps"].to_pylist()).items())}
+        counts = fetch_rows(store, item["ledger"], item["name"], records, config, work)
+    return {"rows": counts.rows, "bytes": counts.bytes, "reasons": dict(counts.reasons)}

@@ -1,0 +1,224 @@
+"""A dry run: what sharding a source would cost and give, judged by a few of its rows.
+
+The rows are fetched, probed and some of them built as in earnest, in this process and into a temporary folder; without
+Ray, and nothing is kept. All figures are extrapolated from them, so they are as good as the sample is large.
+"""
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from vc2.config import Config
+from vc2.data.build import sample_of
+from vc2.data.config import ShardStage, archive_uris, table_files
+from vc2.data.decode import MediaError, shared_decoder
+from vc2.data.fetch import fetch_archive, fetch_rows
+from vc2.data.ledger import Media, read_parts
+from vc2.data.places import open_file, unpacked
+from vc2.data.plan import judge
+from vc2.data.sources import Record, read_records
+from vc2.launch import cpu_count
+from vc2.seeding import derive_seed
+from vc2.storage import LocalStore
+
+__all__ = ["Estimate", "estimate"]
+
+PROBING, BUILDING = 0.3, 0.25  # seconds spent on either where no number of rows is asked for
+AT_ONCE = 16  # rows
+MOST_READ = 20_000  # rows of the tables among which the sample is drawn
+HEAD = 2**20  # bytes of a table from which its rows are counted
+
+
+class Estimate(Config):
+    """What a dry run found. Counts and bytes are of the whole source; None where it does not tell its size."""
+
+    sampled: int  #: rows that were looked at
+    built: int  #: samples that were built
+    rows: int | None
+    rows_are_exact: bool
+    reject_share: float
+    reasons: dict[str, int]  #: among the rows looked at
+    samples: int | None
+    shards: int | None
+    raw_bytes: int | None
+    shard_bytes: int | None
+    core_hours: float | None
+    cores: int
+    hours: float | None  #: on that many cores, waiting for the network aside
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        reasons = ", ".join(f"{name} {count}" for name, count in Counter(self.reasons).most_common(5)) or "none"
+        yield f"looked at        {self.sampled} rows, built {self.built} samples"
+        yield f"rejects          {100 * self.reject_share:.0f} % of these rows: {reasons}"
+        if self.rows is None:
+            yield "rows             not known before they are read"
+            return
+        yield f"rows             {'' if self.rows_are_exact else 'about '}{self.rows:,}"
+        yield f"samples          about {self.samples:,} in {self.shards:,} shards"
+        yield f"to read          about {_size(self.raw_bytes)}"
+        yield f"to store         about {_size(self.shard_bytes)}"
+        yield f"to compute       about {self.core_hours:.2g} core-hours: {_duration(self.hours)} on {self.cores} cores"
+
+
+def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Estimate:
+    """Look at some rows of a source.
+
+    Args:
+        config: The stage.
+        work: For temporary files.
+        sample: Rows to look at; None: as many as half a second allows.
+
+    Raises:
+        SourceError: If the source as a whole cannot be read.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    shared_decoder(config.fetch.probe_seconds, config.fetch.max_pixels)
+    with tempfile.TemporaryDirectory(dir=work, prefix="dry-run-") as folder:
+        store = LocalStore(Path(folder))
+        total, exact, parts, probing = _probed(config, store, Path(folder), sample)
+        rows = [row for part in parts for row in part.to_pylist()]
+        verdicts = [judge(row, config) for row in rows]
+        reasons = Counter(str(verdict.reason) for verdict in verdicts if verdict.reason is not None)
+        slots = [row | clip for row, verdict in zip(rows, verdicts, strict=True) for clip in verdict.clips]
+        sizes, lost, building = _built(slots, config, store, sample)
+        reasons += lost
+    tried = len(sizes) + lost.total()
+    kept = len(slots) / max(1, len(rows)) * (len(sizes) / tried if tried else 1.0)  # samples a row
+    raw = sum(row["size"] or 0 for row in rows) / max(1, len(rows))
+    if total is None:
+        samples = shards = raw_bytes = shard_bytes = core_hours = None
+    else:
+        samples = round(total * kept)
+        shards = -(-samples // config.samples_per_shard)
+        raw_bytes = round(total * raw)
+        shard_bytes = round(samples * sum(sizes) / max(1, len(sizes)))
+        core_hours = (total * probing / max(1, len(rows)) + samples * building / max(1, tried)) / 3600
+    rejected = len(rows) - sum(bool(verdict.clips) for verdict in verdicts)
+    share_lost = lost.total() / tried if tried else 0.0
+    cores = config.workers or cpu_count()
+    return Estimate(
+        sampled=len(rows),
+        built=len(sizes),
+        rows=total,
+        rows_are_exact=exact,
+        reject_share=round((rejected + (len(rows) - rejected) * share_lost) / max(1, len(rows)), 4),
+        reasons=dict(reasons),
+        samples=samples,
+        shards=shards,
+        raw_bytes=raw_bytes,
+        shard_bytes=shard_bytes,
+        core_hours=core_hours,
+        cores=cores,
+        hours=None if core_hours is None else core_hours / cores,
+    )
+
+
+def _probed(
+    config: ShardStage, store: LocalStore, work: Path, sample: int | None
+) -> tuple[int | None, bool, list[pa.Table], float]:
+    """Rows there are and whether that is exact, ledger rows of some of them, and the CPU seconds those took."""
+    if config.source.by_archive:
+        return _probed_archive(config, store, work, sample)
+    records = list(islice(read_records(config.source), min(MOST_READ, config.limit or MOST_READ)))
+    exact = len(records) < MOST_READ
+    total = len(records) if exact else _counted(config)
+    if total is not None and config.limit is not None:
+        total = min(total, config.limit)
+    drawn = sorted(records, key=lambda record: derive_seed(config.seed, "dry run", record.row))[: sample or None]
+    until, started, done = time.monotonic() + PROBING, _cpu(), 0
+    while done < len(drawn) and (sample is not None or done == 0 or time.monotonic() < until):
+        fetch_rows(store, "ledger", f"part-{done:05d}", drawn[done : done + AT_ONCE], config, work)
+        done += AT_ONCE
+    return total, exact, [*read_parts(store, "ledger")], _cpu() - started
+
+
+def _probed_archive(
+    config: ShardStage, store: LocalStore, work: Path, sample: int | None
+) -> tuple[int | None, bool, list[pa.Table], float]:
+    """The same for media in archives: the first of the first archive."""
+    archives = archive_uris(config.source)
+    started = _cpu()
+    most = sample or AT_ONCE
+    fetch_archive(store, "ledger", 0, archives[0], config, work, most=most)
+    spent = _cpu() - started
+    parts = [*read_parts(store, "ledger")]
+    if config.source.embedded:
+        return None, False, parts, spent
+    media = Media(parts)
+    records: list[Record] = []
+    total = 0
+    keys = set(media.table["key"].to_pylist())
+    for record in islice(read_records(config.source), config.limit):
+        total += 1
+        if record.key in keys:
+            records.append(record)
+    media.claim(records)
+    return total, True, [media.join(records), media.unclaimed()], spent
+
+
+def _counted(config: ShardStage) -> int | None:
+    """Rows of the tables, from the footers of Parquet files or the density of lines at the head of others."""
+    import pyarrow.parquet as pq
+
+    total = 0
+    for file in table_files(config.source):
+        if file.name.lower().endswith(".parquet"):
+            with open_file(file.uri) as opened:
+                total += pq.ParquetFile(opened).metadata.num_rows
+            continue
+        if file.name.lower().endswith((".gz", ".tgz", ".tar")):
+            return None
+        with open_file(file.uri) as opened:
+            head = unpacked(opened).read(HEAD)
+        total += round(head.count(b"\n") * file.size / max(1, len(head)))
+    return total
+
+
+def _built(
+    slots: list[dict[str, object]], config: ShardStage, store: LocalStore, sample: int | None
+) -> tuple[list[int], Counter[str], float]:
+    """Bytes of some samples, rejects among them by reason, and the CPU seconds that they took."""
+    decoder = shared_decoder(config.decode_seconds, config.fetch.max_pixels)
+    sizes: list[int] = []
+    lost: Counter[str] = Counter()
+    until, started = time.monotonic() + BUILDING, _cpu()
+    for number, slot in enumerate(slots):
+        if number and sample is None and time.monotonic() > until:
+            break
+        try:
+            sizes.append(sum(len(part) for part in sample_of(slot, config, store, decoder).parts))
+        except MediaError as error:
+            lost[str(error.reason)] += 1
+    return sizes, lost, _cpu() - started
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and, as far as it has ended, of its children; those of the decoder are added live."""
+    import psutil
+
+    own = psutil.Process()
+    times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
+    ended = os.times()
+    return sum(spent.user + spent.system for spent in times) + ended.children_user + ended.children_system
+
+
+def _size(size: int | None) -> str:
+    number, units = float(size or 0), iter(("B", "kB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    while number >= 1000 and unit != "PB":
+        number, unit = number / 1000, next(units)
+    return f"{number:.3g} {unit}"
+
+
+def _duration(hours: float | None) -> str:
+    hours = hours or 0.0
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 72 else f"{hours / 24:.1f} days"
