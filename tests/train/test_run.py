@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import simplejpeg
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,7 @@ from vc2.artifacts import (
 )
 from vc2.data.config import LoaderConfig
 from vc2.data.loader import Loader
+from vc2.data.media import Encoded
 from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
 from vc2.errors import ConfigError
 from vc2.model.autoencoder import Autoencoder
@@ -84,7 +86,9 @@ def shard_set(store: Store, folder: Path, medium: str) -> ShardSet:
         key = f"{medium}-{number}"
         frames = generator(0, "frames", key).integers(0, 256, (num_frames, size, size, 3), dtype="uint8")
         facts[key] = {"caption": f"{medium} of thing {number}", "fps": 0 if medium == "image" else 8 + number % 3}
-        samples.append(ShardSample.of(key, frames, facts[key], quality=95))
+        parts = tuple(simplejpeg.encode_jpeg(frame, 95) for frame in frames)
+        encoded = Encoded("jpg" if medium == "image" else "mjpeg", parts, (), None, 0)
+        samples.append(ShardSample(key, encoded, facts[key]))
     path = folder / f"{medium}.tar"
     rows = [
         {

@@ -10,11 +10,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vc2.config import Config, knob
+from vc2.data.config import LoaderSettings
 from vc2.model.config import LoraConfig, ModelConfig
 
 __all__ = ["STAGE_VERSION", "Layout", "OptimizerConfig", "Strategy", "TrainStage"]
 
-STAGE_VERSION = 1  # raised by hand whenever the same request gives other weights
+STAGE_VERSION = 2  # raised by hand whenever the same request gives other weights
 
 
 class Strategy(Config):
@@ -50,6 +51,7 @@ class TrainStage(Config):
     start_weights: Literal["ema", "raw"] = "ema"  # which weights of the checkpoint that the stage starts from
     batch_size: int = Field(128, gt=0)  # clips per step over all ranks
     image_share: float = Field(0.0, ge=0, le=1)  # share of steps whose batch is images
+    loader: LoaderSettings = LoaderSettings()
     caption_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions replaced by the empty text, for guidance
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(0.9999, ge=0, lt=1)

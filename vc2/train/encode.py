@@ -1,51 +1,23 @@
 """From samples to what the network reads: latent moments and text features, by the frozen encoders.
 
 Every sample is encoded alone, a batch of one, so its numbers do not depend on what it was grouped with. What was
-encoded is remembered up to a bound: a small world is encoded once. Frames of the next step are read ahead in a thread.
+encoded is remembered up to a bound: a small world is encoded once. Frames are read ahead (`vc2.data.prefetch`).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vc2.errors import ShardCorrupted
+from vc2.data.prefetch import Prefetch, Sample, Samples
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.text import TextEncoder
 from vc2.train.objective import Batch
 
-__all__ = ["Batches", "Encoders", "Sample", "Samples"]
-
-
-class Sample(Protocol):
-    """What is known of a sample before its frames are read."""
-
-    kind: str  # "video" or "image"
-    position: int  # in the stream of its kind
-    key: str
-    caption: str
-    fps: Any
-
-
-class Samples(Protocol):
-    """Samples by step: the loader of `vc2.data`, or anything like it."""
-
-    def refs(self, step: int, rank: int, world_size: int) -> Sequence[Any]:
-        """This rank's samples of a step, all of one kind."""
-        ...
-
-    def frames(self, ref: Any) -> NDArray[np.uint8]:
-        """Frames of a sample, uint8 RGB, (T, H, W, 3). Raises `ShardCorrupted` if its bytes are not what they were."""
-        ...
-
-    def read(self, ref: Any) -> tuple[Any, NDArray[np.uint8]]:
-        """`frames`, or those of a fixed replacement where they are corrupted; and the sample that was read."""
-        ...
+__all__ = ["Batches", "Encoders"]
 
 
 class Encoders:
@@ -94,20 +66,36 @@ class Encoders:
 
 
 class Batches:
-    """This rank's batches by step: a pure function of the step, one step read ahead."""
+    """This rank's batches by step: a pure function of the step; the samples of the next ones are read ahead.
 
-    def __init__(self, samples: Samples, encoders: Encoders, rank: int, world_size: int) -> None:
-        self._samples, self._encoders = samples, encoders
-        self._rank, self._world_size = rank, world_size
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="frames")  # the only thread that calls the loader
-        self._ahead: dict[int, tuple[Sequence[Sample], Reads]] = {}
+    Args:
+        samples: The loader of `vc2.data`, or anything like it.
+        encoders: The frozen encoders.
+        rank: Of this process.
+        world_size: Ranks in all.
+        threads: That read and decode.
+        memory_bytes: Frames that may wait.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        encoders: Encoders,
+        rank: int,
+        world_size: int,
+        *,
+        threads: int = 1,
+        memory_bytes: int = 2**28,
+    ) -> None:
+        self._encoders = encoders
+        self._ahead = Prefetch(
+            samples, rank, world_size, threads=threads, memory_bytes=memory_bytes, is_known=encoders.remembers
+        )
 
     def at(self, step: int) -> Batch:
-        """The batch of a step; asks for the frames of the one after it."""
-        refs, reads = self._ahead.pop(step, None) or self._ask(step)
-        found = [self._moments(ref, reads) for ref in refs]
+        """The batch of a step."""
+        found = [self._moments(*read) for read in self._ahead.at(step)]
         refs = [ref for ref, _ in found]
-        self._ahead = {step + 1: self._ask(step + 1)}
         return Batch(
             keys=tuple(ref.key for ref in refs),
             kind=refs[0].kind,
@@ -119,26 +107,11 @@ class Batches:
         )
 
     def close(self) -> None:
-        self._reader.shutdown(cancel_futures=True)
+        """End the reading threads."""
+        self._ahead.close()
 
-    def _ask(self, step: int) -> "tuple[Sequence[Sample], Reads]":
-        refs = self._reader.submit(self._samples.refs, step, self._rank, self._world_size).result()
-        first = {ref.key: ref for ref in reversed(refs) if not self._encoders.remembers(ref.key)}  # one read per key
-        return refs, {ref.position: self._reader.submit(self._read, ref) for ref in first.values()}
-
-    def _read(self, ref: Sample) -> tuple[Sample, NDArray[np.uint8]]:
-        try:
-            return ref, self._samples.frames(ref)
-        except ShardCorrupted:  # a store that is merely away is an error: the run goes on from its last state
-            return self._samples.read(ref)
-
-    def _moments(self, ref: Sample, reads: "Reads") -> tuple[Sample, Tensor]:
-        """The sample that serves for `ref` (itself, unless its bytes are corrupted) and its moments."""
-        if self._encoders.remembers(ref.key):
-            return ref, self._encoders.moments(ref.key)
-        asked = reads.get(ref.position)  # none where it was to be remembered by now and is not
-        found, frames = (asked or self._reader.submit(self._read, ref)).result()
-        return found, self._encoders.moments(found.key, frames)
-
-
-Reads = dict[int, Future[tuple[Sample, NDArray[np.uint8]]]]  # of samples that are not remembered, by position
+    def _moments(self, ref: Sample, frames: NDArray[np.uint8] | None) -> tuple[Sample, Tensor]:
+        """The sample that serves for `ref` (itself, unless it is damaged) and its moments."""
+        if frames is None and not self._encoders.remembers(ref.key):  # forgotten since it was looked ahead at
+            ref, frames = self._ahead.read(ref)
+        return ref, self._encoders.moments(ref.key, frames)

@@ -14,7 +14,7 @@ from vc2.artifacts import load_manifest
 from vc2.data.config import LoaderConfig
 from vc2.data.loader import Loader
 from vc2.errors import ConfigError
-from vc2.launch import report, run_rank, this_rank
+from vc2.launch import cpu_count, report, run_rank, this_rank
 from vc2.model.lora import add_lora
 from vc2.model.partition import trainable_names
 from vc2.model.schedule import NoiseSchedule
@@ -52,9 +52,12 @@ def main(request_path: str) -> None:
     loader = _loader(request, store)
     trainer = _set_up(request, store, loader, stop)
     frozen_digest = digest_of_tensors(_frozen(trainer))
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        trainer.batches.close()
+        loader.close()
     check_unchanged(frozen_digest, digest_of_tensors(_frozen(trainer)), "frozen parameters")
-    trainer.batches.close()
     if trainer.rank.is_first:
         _commit(request, trainer, loader, frozen_digest)
     leave_ranks()
@@ -95,7 +98,14 @@ def _set_up(request: RankRequest, store: Store, loader: Loader, stop: StopSignal
         engine=engine,
         ema=ema,
         schedule=NoiseSchedule(config.model.schedule),
-        batches=Batches(loader, encoders, rank.rank, rank.world_size),
+        batches=Batches(
+            loader,
+            encoders,
+            rank.rank,
+            rank.world_size,
+            threads=loader.config.threads,
+            memory_bytes=loader.config.prefetch_mib * 2**20,
+        ),
         writer=StateWriter(run, request.attempt, layout, rank, work, config.keep_states),
         metrics=metrics,
         stop=stop,
@@ -150,7 +160,17 @@ def _device(config: TrainStage, local_rank: int) -> torch.device:
 def _loader(request: RankRequest, store: Store) -> Loader:
     config = request.stage
     share = config.image_share if request.videos and request.images else 0.0  # of one kind alone, it takes all
-    settings = LoaderConfig(batch_size=config.batch_size, image_share=share, seed=config.seed)
+    loader = config.loader
+    settings = LoaderConfig(
+        **dict(
+            loader.evolve(
+                threads=min(loader.threads, cpu_count()), cache_dir=loader.cache_dir or f"{request.work}/data"
+            )
+        ),
+        batch_size=config.batch_size,
+        image_share=share,
+        seed=config.seed,
+    )
     rates = None if request.videos else _rates_told_before(request, store)
     return Loader(store, request.videos, request.images, settings, image_fps=rates)
 
