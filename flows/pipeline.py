@@ -124,6 +124,8 @@ class Children:
                 parameters["base" if role == "base" else "checkpoint"] = artifact.uri
         if shards:
             parameters["shards"] = shards
+        if stage.name.startswith("shard/"):
+            parameters["fresh"] = True  # the set that was planned, and no other
         return parameters
 
     def _ray(self, stage: PlannedStage) -> dict[str, str]:

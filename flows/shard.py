@@ -1,13 +1,16 @@
 """Deployments shard/webvid, shard/laion-coco, shard/jdb: a source to a shard set."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from pydantic import Field
 
-from flows.shown import told_in_one_line
-from flows.stage import run
-from vc2.pipeline.recipes import PipelineOverrides, Recipe
+from flows.shown import ShownProgress, told_in_one_line
+from flows.stage import opened, shown
+from vc2.pipeline.recipes import DEFAULT_WORK, PipelineOverrides, Recipe
+from vc2.pipeline.shard import ShardRequest
+from vc2.pipeline.stages import run_shards
 
 __all__ = ["shard"]
 
@@ -21,6 +24,8 @@ def shard(
     source: Source,
     recipe: Recipe = "miniature",
     store: str = "",
+    retry: Sequence[str] = (),
+    fresh: bool = False,
     repeat: Annotated[int, Field(ge=0)] = 0,
     overrides: PipelineOverrides = AS_IN_RECIPE,  # pyright: ignore[reportInvalidTypeForm]
 ) -> str:
@@ -30,7 +35,15 @@ def shard(
         source: Which source of the recipe.
         recipe: Where all settings start from.
         store: Local path or s3://bucket/prefix; empty: the one of the worker (VC2_STORE).
+        retry: Reasons, such as timeout: rejects of the newest set are tried again and make its next generation.
+        fresh: Make it from scratch, though an earlier set of a source that has grown since could grow too.
         repeat: Raise it to make the same shard set once more.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
-    return run(f"shard/{source}", recipe, store, overrides, repeat)
+    name = f"shard/{source}"
+    config, place = opened(recipe, store, overrides)
+    request = ShardRequest(retry=tuple(retry), fresh=fresh, repeat=repeat)
+    note = get_run_logger().info
+    made = run_shards(name, config, place, DEFAULT_WORK, request, progress=ShownProgress(name), note=note)
+    assert made is not None
+    return shown(name, made, place)

@@ -9,11 +9,11 @@ from vc2.artifacts import Artifact
 from vc2.config import Config
 from vc2.errors import ConfigError
 from vc2.pipeline.driver import DAG, Node, given_artifacts
-from vc2.pipeline.recipes import DEFAULT_WORK, Recipe, default_store, resolve
+from vc2.pipeline.recipes import DEFAULT_WORK, PipelineConfig, Recipe, default_store, resolve
 from vc2.pipeline.stages import run_stage
 from vc2.storage import Store, open_store
 
-__all__ = ["RAY_VARIABLES", "run"]
+__all__ = ["RAY_VARIABLES", "opened", "run", "shown"]
 
 RAY_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
@@ -34,12 +34,21 @@ def run(
         shards: Shard sets to take as inputs, by URI; those not given are what the recipe resolves to.
         checkpoints: Checkpoints to take as inputs: role -> URI, empty for what the recipe resolves to.
     """
-    _leave_lost_ray()
-    config = resolve(recipe, overrides, work=DEFAULT_WORK)
-    place = open_store(store or default_store())
+    config, place = opened(recipe, store, overrides)
     given = _given(next(node for node in DAG if node.name == stage), place, shards, checkpoints or {})
     artifact = run_stage(stage, config, place, DEFAULT_WORK, given=given, repeat=repeat, progress=ShownProgress(stage))
-    show_artifact(stage, artifact, place)
+    return shown(stage, artifact, place)
+
+
+def opened(recipe: Recipe, store: str, overrides: Config) -> tuple[PipelineConfig, Store]:
+    """The resolved recipe and the store of a stage flow."""
+    _leave_lost_ray()
+    return resolve(recipe, overrides, work=DEFAULT_WORK), open_store(store or default_store())
+
+
+def shown(stage: str, artifact: Artifact, store: Store) -> str:
+    """Show an artifact in the UI; one line on it."""
+    show_artifact(stage, artifact, store)
     return f"{artifact.kind} {artifact.uri}"
 
 

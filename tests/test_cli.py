@@ -11,7 +11,9 @@ from vc2.artifacts import Manifest, commit, put_file
 from vc2.cli import main
 from vc2.storage import LocalStore
 
-COMMANDS = ("run", "plan", "shard", "train", "sample", "evaluate", "show", "verify", "convert", "mirror", "doctor")
+COMMANDS = (
+    "run", "plan", "shard", "train", "sample", "evaluate", "show", "verify", "index", "convert", "mirror", "doctor",
+)  # fmt: skip
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -36,7 +38,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["run", "--start-at", "train/ful"], "no stage 'train/ful'"),
         (["run", "--start-at", "train/full"], "needs shard/webvid, which is to do"),
         (["run", "--checkpoint", "/elsewhere/runs/full/x"], "is not in the store"),
-        (["shard", "./no-such-folder"], "no such folder, and no source of that name"),
+        (["shard", "./no-such-folder"], "no such folder or file, and no source of that name"),
         (["shard", ".", "--set", "form.width=8"], "needs --media video or --media image"),
         (["plan", "paper"], "prompts cannot be read"),
         (["show", "nonsense"], "is no URI of an artifact"),

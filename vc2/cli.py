@@ -11,20 +11,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vc2.errors import ConfigError, Preempted, StoreError, Vc2Error
 
 if TYPE_CHECKING:
-    from vc2.artifacts import Artifact
+    from vc2.artifacts import Artifact, Manifest
+    from vc2.data.config import ShardStage
     from vc2.pipeline.driver import PlannedStage
     from vc2.pipeline.recipes import PipelineConfig
     from vc2.pipeline.sample import LoadedModel
+    from vc2.progress import Progress
     from vc2.storage import Store
 
 __all__ = ["main"]
 
+SOURCE_KINDS = ("webvid", "laion-coco", "laion-aesthetics", "journeydb", "webdataset", "folder")
 CONVERT_FORMS = ("vc2", "released", "sd-ldm", "sd-diffusers", "diffusers", "diffusers-full", "checkpoint")
 
 
@@ -89,14 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     _stage_choice(plan)
     _common(plan, repeatable=True)
 
-    shard = command("shard", _shard, "Make one source into shards.")
-    shard.add_argument("source", help="webvid, laion-coco, jdb, or a folder of your own files with captions")
-    shard.add_argument("--recipe", default="miniature")
-    shard.add_argument("--media", choices=["video", "image"], help="what a folder of your own holds")
+    shard = command("shard", _shard, "Make one source into shards, or a set made earlier into its next generation.")
     shard.add_argument(
-        "--table", help="CSV or JSON lines with the columns file and caption; without it, captions are .txt files"
+        "source", help="webvid, laion-coco, jdb (of the recipe), or a folder, table or tars of your own (path or URI)"
     )
-    shard.add_argument("--name", help="name of a source of your own (default: the folder's name)")
+    _shard_options(shard)
     _common(shard, repeatable=True)
 
     train = command("train", _train, "Train one stage, or go on where it stopped.")
@@ -127,12 +128,31 @@ def _parser() -> argparse.ArgumentParser:
         _show,
         "Explain an artifact, or a video of `vc2 sample`: what it is, what it was made from, what is in it.",
     )
-    show.add_argument("uri", help="URI of an artifact, or an mp4, GIF or WebP file")
+    show.add_argument(
+        "uri", help="URI of an artifact, URI#key of a sample or row in a shard set, or an mp4, GIF or WebP file"
+    )
+    show.add_argument("--shards", action="store_true", help="of a shard set: a line a shard")
+    show.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="of a shard set: an HTML page with samples and figures"
+    )
     show.add_argument("--json", action="store_true")
 
     verify = command("verify", _verify, "Re-derive every digest of an artifact and of all it was made from.")
     verify.add_argument("uri")
+    verify.add_argument(
+        "--samples", action="store_true", help="of shard sets: every sample by itself, not damaged tars alone"
+    )
     verify.add_argument("--json", action="store_true")
+
+    index = command("index", _index, "Take tars made by others as a shard set, where they are: nothing is copied.")
+    index.add_argument("tars", help="a tar, a folder of tars, or a range such as s3://bucket/{00000..00099}.tar")
+    index.add_argument("--media", choices=["video", "image"], required=True)
+    index.add_argument(
+        "--recipe", default="miniature", help="where the form of samples comes from (default: miniature)"
+    )
+    index.add_argument("--name", help="of the set (default: that of the folder)")
+    index.add_argument("--license", default="not stated")
+    _common(index)
 
     convert = command(
         "convert",
@@ -175,6 +195,12 @@ def _common(parser: argparse.ArgumentParser, *, repeatable: bool = False) -> Non
         "--set", action="append", default=[], metavar="A.B=VALUE", help="change a setting of the recipe"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--progress",
+        choices=["auto", "lines", "json", "none"],
+        default="auto",
+        help="on stderr: bars on a terminal, else lines (default: auto)",
+    )
     if repeatable:
         parser.add_argument(
             "--repeat", type=_count, default=0, metavar="N", help="make it once more, under another fingerprint"
@@ -182,6 +208,39 @@ def _common(parser: argparse.ArgumentParser, *, repeatable: bool = False) -> Non
         parser.add_argument(
             "--force", action="store_true", help="make it once more even if it is done (the next free --repeat)"
         )
+
+
+def _shard_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is sharded")
+    what.add_argument("--recipe", default="miniature", help="where the form of samples comes from (default: miniature)")
+    what.add_argument("--as", dest="kind", choices=SOURCE_KINDS, help="format of a source of your own (default: seen)")
+    what.add_argument("--media", choices=["video", "image"], help="what a source of your own holds")
+    what.add_argument(
+        "--table",
+        help="CSV, TSV, Parquet or JSON lines with columns file and caption; else captions are .txt files",
+    )
+    what.add_argument("--name", help="name of a source of your own (default: that of the folder)")
+    what.add_argument("--limit", type=_count, metavar="N", help="only the first rows of the source")
+    what.add_argument("--shards", type=_span, metavar="A-B", help="build only these; whoever finds all built commits")
+    later = parser.add_argument_group("generations: an earlier set stays as it is, a new one holds its tars and more")
+    later.add_argument(
+        "--retry", action="append", default=[], metavar="REASON", help="try rejects again, such as timeout; or: all"
+    )
+    later.add_argument("--remove", default="", metavar="FILE", help="without these: a key, URL, path or sha256 a line")
+    later.add_argument("--fresh", action="store_true", help="from scratch, though an earlier set could grow")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it would cost and give, judged by a few rows"
+    )
+    parser.add_argument(
+        "--sample", type=_count, metavar="N", help="rows that --dry-run looks at (default: half a second)"
+    )
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of shards; expected for example 0-99")
+    return int(first), int(last or first)
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +276,17 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--format", choices=["mp4", "gif", "webp"], help="default: the file's ending, else mp4")
     where.add_argument("--play-fps", type=int, default=10, metavar="N", help="written into the files (default: 10)")
+
+
+def _progress(options: argparse.Namespace) -> "AbstractContextManager[Progress]":
+    from vc2 import progress
+
+    plain: dict[str, Progress] = {
+        "lines": progress.line_progress(),
+        "json": progress.json_progress,
+        "none": progress.silent,
+    }
+    return progress.rich_progress() if options.progress == "auto" else nullcontext(plain[options.progress])
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -264,27 +334,19 @@ def _repeat(
 
 def _run(options: argparse.Namespace) -> None:
     from vc2.pipeline import driver, stages
-    from vc2.progress import rich_progress
 
     config, store, work = _opened(options)
     repeat = _repeat(options, config, store, options.start_at, options.stop_after)
     given = driver.given_artifacts(store, options.shards, options.checkpoint)
     planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given)
     _say_plan(planned, options.stop_after)
-    with rich_progress() as progress, driver.session(planned, start_at=options.start_at, stop_after=options.stop_after):
+    span = {"start_at": options.start_at, "stop_after": options.stop_after}
+    with _progress(options) as progress, driver.session(planned, **span):
 
         def run_stage(planned: "PlannedStage", inputs: "Mapping[str, Artifact]") -> "Artifact":
             return stages.execute(planned, config, store, work, inputs=inputs, progress=progress)
 
-        made = driver.drive(
-            config,
-            store,
-            run_stage,
-            start_at=options.start_at,
-            stop_after=options.stop_after,
-            repeat=repeat,
-            given=given,
-        )
+        made = driver.drive(config, store, run_stage, repeat=repeat, given=given, **span)
     _say_artifact(options, store, made)
 
 
@@ -309,51 +371,106 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig", store: "Store", work: Path) -> None:
     from vc2.pipeline import driver, stages
-    from vc2.progress import rich_progress
 
     repeat = _repeat(options, config, store, name, name)
     shards, checkpoint = getattr(options, "shards", []), getattr(options, "checkpoint", "")
     given = driver.given_artifacts(store, shards, checkpoint, stage=name)
-    with rich_progress() as progress:
+    with _progress(options) as progress:
         made = stages.run_stage(name, config, store, work, given=given, repeat=repeat, progress=progress)
     _say_artifact(options, store, made)
 
 
 def _shard(options: argparse.Namespace) -> None:
+    from vc2.pipeline import shard, stages
     from vc2.pipeline.driver import FIELDS
 
-    stage = f"shard/{options.source}"
-    if stage in FIELDS:
-        config, store, work = _opened(options, prefix=f"{FIELDS[stage]}.")
-        _one_stage(options, stage, config, store, work)
+    request = shard.ShardRequest(
+        retry=tuple(reason.strip() for text in options.retry for reason in text.split(",") if reason.strip()),
+        remove=options.remove,
+        fresh=options.fresh,
+        only=options.shards,
+    )
+    if request.retry and request.remove:
+        raise ConfigError("--retry and --remove make a generation each; give one after the other")
+    if options.limit is not None:
+        options.set.append(f"limit={options.limit}")
+    name = f"shard/{options.source}"
+    if name in FIELDS:
+        config, store, work = _opened(options, prefix=f"{FIELDS[name]}.")
+        if options.dry_run:
+            with _progress(options) as progress:
+                with shard.ready_source(config, getattr(config, FIELDS[name]), work, progress) as stage:
+                    _estimate(options, stage, work)
+            return
+        request = request.evolve(repeat=_repeat(options, config, store, name, name))
+        with _progress(options) as progress:
+            made = stages.run_shards(name, config, store, work, request, progress=progress, note=_note)
+        place = options.source
+    else:
+        stage, store, work = _own_stage(options)
+        if options.dry_run:
+            _estimate(options, stage, work)
+            return
+        form = stage.form
+        _note(f"form of recipe {options.recipe}: {form.num_frames} frames of {form.width} x {form.height} pixels")
+        name = f"shard/{stage.source.name}"
+        repeat = shard.unused_repeat(name, stage, store) if options.force else options.repeat
+        with _progress(options) as progress:
+            made = shard.make_shards(
+                name, stage, store, work, request.evolve(repeat=repeat), progress=progress, note=_note
+            )
+        place = "webvid" if stage.source.media == "video" else "jdb"
+    if made is None:
+        _note("the shards asked for are built; the set is committed when all are")
         return
-    _shard_own(options)
-
-
-def _shard_own(options: argparse.Namespace) -> None:
-    """A folder or table of the user's own files, in the form of the recipe's videos or images."""
-    from vc2.config import merge, parse_settings
-    from vc2.data.config import FolderSource
-    from vc2.pipeline import stages
-    from vc2.progress import rich_progress
-
-    folder = Path(options.source)
-    if not folder.is_dir():
-        raise ConfigError(f"{options.source}: no such folder, and no source of that name (webvid, laion-coco, jdb)")
-    if options.media is None:
-        raise ConfigError("a folder of your own needs --media video or --media image")
-    name = options.name or "".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "own"
-    settings, options.set = parse_settings(options.set), []
-    config, store, work = _opened(options)
-    like = config.webvid if options.media == "video" else config.jdb
-    source = FolderSource(name=name, media=options.media, folder=str(folder.absolute()), table=options.table)
-    stage = merge(like.evolve(source=source), settings)
-    with rich_progress() as progress:
-        made = stages.shard_alone(stage, store, work, repeat=options.repeat, progress=progress)
     _say_artifact(options, store, made)
     if not options.json:
-        place = "webvid" if options.media == "video" else "jdb"
-        print(f"to train on it in place of {place}: vc2 run --shards {place}={made.uri}")
+        print(f"to look at it: vc2 show {made.uri} --sheet sheet.html")
+        print(f"to train on it: vc2 run --shards {place}={made.uri}")
+
+
+def _own_stage(options: argparse.Namespace) -> "tuple[ShardStage, Store, Path]":
+    """A source of the user's own, in the form of the recipe's videos or images."""
+    from vc2.config import merge, parse_settings
+    from vc2.pipeline.shard import own_source
+
+    settings, options.set = parse_settings(options.set), []
+    source = own_source(options.source, kind=options.kind, media=options.media, table=options.table, name=options.name)
+    config, store, work = _opened(options)
+    like = config.webvid if source.media == "video" else config.jdb
+    return merge(like.evolve(source=source), settings), store, work
+
+
+def _estimate(options: argparse.Namespace, stage: "ShardStage", work: Path) -> None:
+    from vc2.data.estimate import estimate
+
+    found = estimate(stage, work, sample=options.sample)
+    if options.json:
+        print(json.dumps(found.model_dump(mode="json"), indent=1))
+    else:
+        print("\n".join(found.lines()))
+
+
+def _index(options: argparse.Namespace) -> None:
+    from vc2.data.foreign import adopt
+    from vc2.pipeline.shard import name_of
+
+    config, store, work = _opened(options)
+    form = (config.webvid if options.media == "video" else config.jdb).form
+    with _progress(options) as progress:
+        made = adopt(
+            options.tars,
+            media=options.media,
+            form=form,
+            name=options.name or name_of(options.tars),
+            store=store,
+            work=work,
+            license=options.license,
+            progress=progress,
+        )
+    _say_artifact(options, store, made)
+    if not options.json:
+        print(f"to train on it: vc2 run --shards {'webvid' if options.media == 'video' else 'jdb'}={made.uri}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -446,7 +563,7 @@ def _artifact(uri: str) -> "tuple[Store, Artifact]":
 
 def _show(options: argparse.Namespace) -> None:
     from vc2.artifacts import load_manifest
-    from vc2.data.shards import find_sample
+    from vc2.data import audit
 
     if Path(options.uri).is_file() and Path(options.uri).suffix.lower() in (".mp4", ".gif", ".webp"):
         _show_video(Path(options.uri), as_json=options.json)
@@ -455,7 +572,10 @@ def _show(options: argparse.Namespace) -> None:
     store, artifact = _artifact(uri)
     manifest = load_manifest(store, artifact.prefix)
     if key:
-        print(json.dumps(find_sample(store, manifest, key), indent=1, sort_keys=True))
+        print(json.dumps(audit.explain(store, manifest, key), indent=1, default=str))
+        return
+    if options.shards or options.sheet:
+        _show_shards(options, store, manifest)
         return
     if options.json:
         print(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True))
@@ -476,6 +596,27 @@ def _show(options: argparse.Namespace) -> None:
         print(f"  {entry.name}  {entry.size} bytes  sha256 {entry.sha256[:12]}")
 
 
+def _show_shards(options: argparse.Namespace, store: "Store", manifest: "Manifest") -> None:
+    if manifest.kind != "shard_set":
+        raise ConfigError(f"{options.uri} is a {manifest.kind}; --shards and --sheet are for shard sets")
+    if options.sheet:
+        from vc2.data.sheet import contact_sheet
+
+        options.sheet.parent.mkdir(parents=True, exist_ok=True)
+        options.sheet.write_text(contact_sheet(store, manifest), encoding="utf-8")
+        print(options.sheet.absolute())
+    if options.shards:
+        from vc2.data.audit import shard_table
+
+        lines = shard_table(store, manifest)
+        if options.json:
+            print(json.dumps(lines, indent=1))
+            return
+        print(f"{'shard':>8} {'generation':>10} {'samples':>8} {'bytes':>12}  tar")
+        for line in lines:
+            print("{shard:>8} {generation:>10} {samples:>8} {bytes:>12}  {tar}".format(**line))
+
+
 def _show_video(path: Path, *, as_json: bool) -> None:
     from vc2.pipeline.sample import read_settings
 
@@ -489,6 +630,7 @@ def _show_video(path: Path, *, as_json: bool) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     from vc2.artifacts import load_manifest, verify
+    from vc2.data.audit import check_samples
 
     store, first = _artifact(options.uri)
     wrong: dict[str, list[str]] = {}
@@ -498,8 +640,12 @@ def _verify(options: argparse.Namespace) -> int:
         if artifact.prefix in seen:
             continue
         seen.add(artifact.prefix)
-        wrong[artifact.prefix] = list(verify(store, artifact.prefix))
-        todo += load_manifest(store, artifact.prefix).inputs.values()
+        manifest = load_manifest(store, artifact.prefix)
+        wrong[artifact.prefix] = problems = list(verify(store, artifact.prefix))
+        if manifest.kind == "shard_set":
+            tars = None if options.samples else {problem.partition(":")[0] for problem in problems}
+            problems += check_samples(store, manifest, tars) if tars is None or tars else ()
+        todo += manifest.inputs.values()
     if options.json:
         print(json.dumps(wrong, indent=1))
     else:

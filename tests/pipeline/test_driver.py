@@ -71,7 +71,7 @@ def test_a_knob_reuses_and_a_setting_remakes_all_that_follows(config: PipelineCo
     names = {stage.name: stage.fingerprint for stage in plan(config, store)}
     knob = config.evolve(full=config.full.evolve(log_every=7))
     assert {stage.name: stage.fingerprint for stage in plan(knob, store)} == names
-    changed = config.evolve(laion_coco=config.laion_coco.evolve(jpeg_quality=80))
+    changed = config.evolve(laion_coco=config.laion_coco.evolve(seed=80))
     moved = {stage.name for stage in plan(changed, store) if stage.fingerprint != names[stage.name]}
     assert moved == {"shard/laion-coco", "train/full", "train/spatial", "evaluate/evalcrafter"}
 

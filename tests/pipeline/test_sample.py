@@ -11,7 +11,7 @@ from PIL import Image
 
 from vc2.artifacts import Artifact, FileEntry, Manifest, commit, put_file, put_object
 from vc2.cli import main
-from vc2.data.decode import encode_video, read_comment, read_video
+from vc2.data.video_files import encode_video, read_comment, read_video
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.bundle import VideoModel
 from vc2.model.config import (

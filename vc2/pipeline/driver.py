@@ -29,7 +29,7 @@ from vc2.artifacts import (
 )
 from vc2.config import digest
 from vc2.data.config import STAGE_VERSION as SHARD_VERSION
-from vc2.data.config import source_digest
+from vc2.data.config import shard_fingerprint, source_digest
 from vc2.errors import ConfigError, StoreError
 from vc2.pipeline.recipes import PipelineConfig
 from vc2.storage import Store
@@ -260,7 +260,8 @@ def _fingerprint(node: Node, config: PipelineConfig, inputs: dict[str, str], rep
     stage = getattr(config, node.field)
     if node.kind is ShardSet:
         world = config.world
-        inputs = {"source": digest(world.identity()) if world else source_digest(stage.source)}
+        source = digest(world.identity()) if world else source_digest(stage.source)
+        return shard_fingerprint(node.name, stage, source, repeat=repeat)
     return fingerprint(node.name, node.version, stage, inputs, repeat)
 
 

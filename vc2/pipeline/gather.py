@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vc2.artifacts import Artifact, Manifest, SampleSet, Scorecard, load_manifest
-from vc2.data.decode import encode_mp4
+from vc2.data.media import encode_jpeg
 from vc2.data.shards import read_frames
+from vc2.data.video_files import encode_mp4
 from vc2.eval.config import Prompt
 from vc2.eval.metrics import Video
 from vc2.eval.report import (
@@ -65,13 +66,14 @@ def judge_by_truth(frames: np.ndarray, prompt: Prompt, fps: float) -> Mapping[st
 def real_clips(store: Store, shards: Artifact, prompts: Sequence[Prompt]) -> dict[str, Video]:
     """For each prompt, by id, the first clip of a shard set whose caption begins with it."""
     manifest = load_manifest(store, shards.prefix)
-    index = _index(store, manifest, ("caption", "key", "shard", "offset", "length", "frame_bytes", "fps"))
+    index = _index(store, manifest, ("caption", "key", "shard", "offset", "length", "frame_bytes", "ending", "fps"))
     tars = _tars(manifest)
     found: dict[str, Video] = {}
     for prompt in prompts:
         rows = index.filter(pc.starts_with(index["caption"], prompt.text)).slice(0, 1).to_pylist()  # type: ignore[attr-defined]
         for row in rows:
-            load = partial(read_frames, store, tars[row["shard"]], row["offset"], row["length"], row["frame_bytes"])
+            place = (row["offset"], row["length"], row["frame_bytes"], row["ending"])
+            load = partial(read_frames, store, tars[row["shard"]], *place)
             found[prompt.id] = Video(prompt.id, float(row["fps"]), load)
     return found
 
@@ -275,7 +277,7 @@ def _tars(manifest: Manifest) -> dict[int, str]:
 def _sheet(store: Store, manifest: Manifest) -> ShardSheet:
     counts = manifest.counts
     tars = _tars(manifest)
-    index = _index(store, manifest, ("caption", "shard", "offset", "length", "frame_bytes", "fps"))
+    index = _index(store, manifest, ("caption", "shard", "offset", "length", "frame_bytes", "ending", "fps"))
     step = max(1, len(index) // SHEET_ITEMS)
     rows = index.take(list(range(0, len(index), step))[:SHEET_ITEMS]).to_pylist()
     return ShardSheet(
@@ -298,6 +300,9 @@ def _sheet(store: Store, manifest: Manifest) -> ShardSheet:
 
 
 def _pictures(store: Store, tar: str, row: Mapping[str, Any]) -> list[bytes]:
-    """The JPEG files of a sample's frames."""
+    """A sample's frames as JPEG files."""
+    if row["ending"] == "mp4":
+        frames = read_frames(store, tar, row["offset"], row["length"], row["frame_bytes"], row["ending"])
+        return [encode_jpeg(frame, 90) for frame in frames]
     data = io.BytesIO(store.read_range(tar, row["offset"], row["length"]))
     return [data.read(size) for size in row["frame_bytes"]]

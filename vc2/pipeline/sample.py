@@ -24,7 +24,7 @@ from vc2.storage import Store
 if TYPE_CHECKING:
     import numpy as np
 
-    from vc2.data.decode import Container
+    from vc2.data.video_files import Container
     from vc2.model.bundle import VideoModel
 
 __all__ = [
@@ -162,7 +162,7 @@ def output_files(output: Path | None, container: "Container | None", count: int)
     Raises:
         ConfigError: If name, form and number do not go together, or nothing can be written there.
     """
-    from vc2.data.decode import Container
+    from vc2.data.video_files import Container
 
     known = get_args(Container)
     ending = "" if output is None or output.is_dir() else output.suffix.lower().removeprefix(".")
@@ -214,7 +214,7 @@ def sample_videos(
     Raises:
         ConfigError: If the model cannot make what is asked for, or an image cannot be read.
     """
-    from vc2.data.decode import encode_video, write_whole
+    from vc2.data.video_files import encode_video, write_whole
     from vc2.model.generate import cautions, check_request, generate_videos, pick_device
 
     check_prompts(request)
@@ -283,7 +283,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is no such video.
     """
-    from vc2.data.decode import read_comment
+    from vc2.data.video_files import read_comment
 
     try:
         settings = json.loads(read_comment(path) or "")

@@ -5,8 +5,7 @@ killed and run twice at once.
 """
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,18 +20,20 @@ from vc2.artifacts import (
     fingerprint,
     shard_set_prefix,
 )
-from vc2.data.config import STAGE_VERSION, ShardStage, source_digest
+from vc2.config import digest
+from vc2.data.config import ShardStage, shard_fingerprint
 from vc2.errors import ConfigError
 from vc2.eval.config import EvaluateStage
 from vc2.pipeline.driver import DAG, PlannedStage, plan
-from vc2.pipeline.recipes import PipelineConfig, world_folder
+from vc2.pipeline.recipes import PipelineConfig
+from vc2.pipeline.shard import ShardRequest, make_shards, ready_source
 from vc2.progress import Progress, silent
 from vc2.storage import Store, join_uri
 
 if TYPE_CHECKING:
     from vc2.eval.metrics import Video
 
-__all__ = ["execute", "page_of", "run_stage", "shard_alone"]
+__all__ = ["execute", "page_of", "run_shards", "run_stage"]
 
 NODES = {node.name: node for node in DAG}
 
@@ -91,36 +92,34 @@ def _shard(stage: PlannedStage, config: PipelineConfig, store: Store, work: Path
     from vc2.data.prepare import prepare
 
     wanted: ShardStage = getattr(config, NODES[stage.name].field)
-    with ExitStack() as stack:
-        if config.world is not None:
-            from vc2.miniature.server import serve
-            from vc2.miniature.world import make_world
-
-            root = world_folder(config.world, work)
-            progress("small world", 0, 1)
-            make_world(config.world, root)
-            progress("small world", 1, 1)
-            if wanted.source.kind == "laion-coco":
-                from vc2.miniature.world import IMAGE_HOST
-
-                address = stack.enter_context(serve(root))
-                wanted = wanted.evolve(fetch=wanted.fetch.evolve(connect_to={IMAGE_HOST: address}))
-        return prepare(wanted, store, work, fingerprint=stage.fingerprint, repeat=stage.repeat, progress=progress)
+    with ready_source(config, wanted, work, progress) as ready:
+        made = prepare(ready, store, work, fingerprint=stage.fingerprint, repeat=stage.repeat, progress=progress)
+    assert made is not None
+    return made
 
 
-def shard_alone(
-    wanted: ShardStage, store: Store, work: Path, *, repeat: int = 0, progress: Progress = silent
-) -> ShardSet:
-    """Shards of a source that is not in the DAG: a user's own folder or table."""
-    from vc2.data.prepare import prepare
+def run_shards(
+    name: str,
+    config: PipelineConfig,
+    store: Store,
+    work: Path,
+    request: ShardRequest,
+    *,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> ShardSet | None:
+    """A shard stage of the recipe by itself, as a further generation of an earlier set where that is meant.
 
-    name = f"shard/{wanted.source.name}"
-    print_of = fingerprint(name, STAGE_VERSION, wanted, {"source": source_digest(wanted.source)}, repeat)
-    found = find(store, shard_set_prefix(wanted.source.name, print_of), ShardSet)
-    if found is not None:
+    Returns:
+        None if only some shards were asked for and others are still to be built.
+    """
+    wanted: ShardStage = getattr(config, NODES[name].field)
+    source = digest(config.world.identity()) if config.world else ""
+    found = find(store, shard_set_prefix(wanted.source.name, shard_fingerprint(name, wanted, source)), ShardSet)
+    if source and found is not None and not (request.retry or request.remove or request.repeat):
         return found
-    work.mkdir(parents=True, exist_ok=True)
-    return prepare(wanted, store, work, fingerprint=print_of, repeat=repeat, progress=progress)
+    with ready_source(config, wanted, work, progress) as ready:
+        return make_shards(name, ready, store, work, request, source=source, progress=progress, note=note)
 
 
 def _train(
