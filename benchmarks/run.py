@@ -49,7 +49,7 @@ def bench_shards(config: PipelineConfig, store: Store, work: Path, field: str) -
 
     stage = getattr(config, field)
     made = prepare(stage, store, work, fingerprint=fingerprint("bench", 1, stage, {"warm": "up"}))
-    again = stage.evolve(jpeg_quality=94)  # another set from the same ledger: the build alone
+    again = stage.evolve(form=stage.form.evolve(jpeg_quality=94))  # another set from the same ledger: the build alone
     made = prepare(again, store, work, fingerprint=fingerprint("bench", 1, again, {}))
     manifest = load_manifest(store, made.prefix)
     value = made.counts["samples"] / manifest.facts["seconds"]["build"]
@@ -66,28 +66,29 @@ def _shard_limit(job: tuple[str, str, str]) -> float:
 
     import numpy as np
     import pyarrow.parquet as pq
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from vc2.artifacts import Manifest
     from vc2.data.config import ShardStage
-    from vc2.data.decode import cover, encode_jpeg, read_video
+    from vc2.data.media import encode_jpeg
+    from vc2.data.video_files import read_video
 
     uri, text, media = job
     store, manifest = open_store(uri), Manifest.model_validate_json(text)
     stage = ShardStage.model_validate(manifest.config)
-    size = {"width": stage.form.width, "height": stage.form.height}
+    size, quality = (stage.form.width, stage.form.height), stage.form.jpeg_quality
     plan = pq.read_table(io.BytesIO(store.read(manifest.file("plan.parquet").key))).to_pylist()[:120]
     ledger = manifest.facts["ledger"]
     started = time.perf_counter()
     for slot in plan:
         if media == "video":
             frames = read_video(Path(stage.source.videos) / slot["locator"])[0]  # type: ignore[union-attr]
-            for index in slot["indices"]:
-                encode_jpeg(np.asarray(cover(Image.fromarray(frames[index]), **size)), stage.jpeg_quality)
+            pictures = [Image.fromarray(frames[index]) for index in slot["indices"]]
         else:
             data = store.read_range(f"{ledger}/{slot['blob']}", slot["offset"], slot["size"])
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-            encode_jpeg(np.asarray(cover(picture, **size)), stage.jpeg_quality)
+            pictures = [Image.open(io.BytesIO(data)).convert("RGB")]
+        for picture in pictures:
+            encode_jpeg(np.asarray(ImageOps.fit(picture, size)), quality)
     return len(plan) / (time.perf_counter() - started)
 
 
@@ -107,7 +108,7 @@ def bench_loader(store: Store, videos: ShardSet) -> Figure:
 
     def in_a_row() -> int:
         for ref in refs:
-            decode_frames(store.read_range(ref.shard, ref.offset, ref.length), ref.frame_bytes)
+            decode_frames(store.read_range(ref.shard, ref.offset, ref.length), ref.frame_bytes, ref.ending)
         return len(refs)
 
     return Figure(name="loader", unit="samples/s", value=_rate(through_loader), limit=_rate(in_a_row))
