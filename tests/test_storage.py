@@ -2,6 +2,7 @@
 
 import os
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,9 @@ def test_a_range_is_exactly_the_bytes_asked_for(any_store: Store) -> None:
     any_store.write("x", bytes(range(100)))
     assert any_store.read_range("x", 10, 5) == bytes(range(10, 15))
     assert any_store.read_range("x", 3, 0) == b""
-    with pytest.raises(ShardCorrupted):
-        any_store.read_range("x", 98, 5)
+    for offset in (98, 100, 1000):
+        with pytest.raises(ShardCorrupted, match="shorter than its index"):
+            any_store.read_range("x", offset, 5)
 
 
 def test_a_listing_has_every_key_below_the_prefix_in_order(any_store: Store) -> None:
@@ -121,3 +123,41 @@ def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_bucket_that_is_not_there_says_what_to_check(s3_endpoint: str) -> None:
     with pytest.raises(StoreError, match="check bucket, AWS_ENDPOINT_URL and credentials"):
         open_store("s3://no-such-bucket/x").write("a", b"")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("broken", [2, 100])
+def test_an_answer_that_breaks_off_is_asked_for_again(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """A connection may break within a body, a few times; one that always does is an error."""
+    data, asked = os.urandom(1000), []
+
+    class Breaking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Range"))
+            self.send_response(200 if asked[-1] is None else 206)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(data[: 400 if len(asked) <= broken else None])
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        monkeypatch.setattr("vc2.storage.READ_PAUSE", 0.01)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        bucket = open_store("s3://bucket")
+        try:
+            if broken == 2:
+                assert bucket.read("x") == data and len(asked) == 3
+                asked.clear()
+                assert bucket.read_range("x", 0, 1000) == data and asked == ["bytes=0-999"] * 3
+            else:
+                with pytest.raises(StoreError):
+                    bucket.read("x")
+        finally:
+            server.shutdown()
+            thread.join()

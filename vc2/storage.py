@@ -24,6 +24,8 @@ from vc2.errors import ShardCorrupted, StoreError
 __all__ = ["Entry", "FileDigest", "LocalStore", "S3Store", "Store", "file_digest", "join_uri", "located", "open_store"]
 
 CHUNK = 8 * 2**20  # bytes held in memory at a time by file transfers
+READS = 4  # attempts at an answer of S3 that breaks off
+READ_PAUSE = 0.2  # seconds after the first
 SWEEP_AFTER = 24 * 3600  # seconds after which a temporary file of a dead writer is removed
 
 
@@ -368,15 +370,12 @@ class S3Store:
         self._transfer = TransferConfig(multipart_chunksize=CHUNK, multipart_threshold=4 * CHUNK, max_concurrency=4)
 
     def read(self, key: str) -> bytes:
-        return self._call(key, lambda name: self._client.get_object(Bucket=self.bucket, Key=name)["Body"].read())
+        return self._call(key, self._get)
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         if length == 0:
             return b""
-        span = f"bytes={offset}-{offset + length - 1}"
-        data = self._call(
-            key, lambda name: self._client.get_object(Bucket=self.bucket, Key=name, Range=span)["Body"].read()
-        )
+        data = self._call(key, lambda name: self._get(name, Range=f"bytes={offset}-{offset + length - 1}"))
         return _complete(data, length, join_uri(self.uri, key), offset)
 
     def write(self, key: str, data: bytes) -> None:
@@ -445,6 +444,26 @@ class S3Store:
 
     def check(self) -> None:
         _check_commits(self)
+
+    def _get(self, name: str, **asked: str) -> bytes:
+        """The content of an object. boto3 asks again where no answer comes, not where one breaks off: we do. Nothing
+        where a range begins behind the end."""
+        from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        for attempt in range(1, READS + 1):
+            try:
+                body = self._client.get_object(Bucket=self.bucket, Key=name, **asked)["Body"]
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("InvalidRange", "416"):
+                    return b""
+                raise
+            try:
+                return body.read()
+            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                if attempt == READS:
+                    raise
+            time.sleep(READ_PAUSE * attempt)
+        raise AssertionError("no attempt was made")
 
     def _put(self, name: str, data: bytes, **conditions: str) -> None:
         md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()

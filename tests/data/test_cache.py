@@ -80,6 +80,37 @@ def test_the_least_recently_used_goes_first(remote: tuple[Store, ShardSet], tmp_
     assert not copies(tmp_path / "small")
 
 
+def test_a_copy_that_a_reader_removes_meanwhile_is_no_failure(
+    remote: tuple[Store, ShardSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who makes room and who finds a copy damaged do not wait for each other."""
+    store, shards = remote
+    first, second, third = tars(store, shards)[:3]
+    cache = ShardCache(tmp_path, first.size + second.size)
+    for file in (first, second):
+        cache.bring(store, [file])
+        until(lambda file=file: file.sha256 in copies(tmp_path))
+    stat = Path.stat
+
+    def racing(path: Path, **options: Any) -> os.stat_result:
+        """Gone before it is looked at, or just after."""
+        if path.name == first.sha256:
+            path.unlink(missing_ok=True)
+        found = stat(path, **options)
+        if path.name == second.sha256:
+            path.unlink()
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", racing)
+        cache._make_room(tmp_path / "shards", first.size + second.size)
+    assert not copies(tmp_path)
+    cache.bring(store, [third])
+    until(lambda: third.sha256 in copies(tmp_path))
+    cache.close()
+    assert cache.is_used
+
+
 def test_a_damaged_copy_is_read_around_and_made_again(remote: tuple[Store, ShardSet], tmp_path: Path) -> None:
     """A copy that rots costs a ranged read; a shard that differs from its manifest is never kept."""
     store, shards = remote

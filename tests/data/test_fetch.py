@@ -5,6 +5,8 @@ import io
 import json
 import random
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from vc2.data.media import MediaError
 from vc2.data.places import read_span
 from vc2.data.rejects import RejectReason
 from vc2.data.sources import Record
+from vc2.errors import StoreError
 from vc2.storage import LocalStore, Store, open_store
 
 IDS = [f"0a1b2c3d-0000-4000-8000-00000000000{number}" for number in range(6)]
@@ -114,6 +117,34 @@ def test_files_in_a_bucket_are_read_where_they_are(media: Any, s3_uri: str, tmp_
     assert raw_bytes(source, "a.jpg") == data
 
 
+def test_a_bucket_that_refuses_is_no_fault_of_its_rows(
+    s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where credentials have expired nothing is entered: the rows are as good as before."""
+
+    class Expired(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Expired) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        config = stage(FolderSource(name="mine", media="image", folder="s3://bucket/pictures"))
+        store, records = LocalStore(tmp_path / "store"), [Record(n, f"k{n}", f"{n}.jpg", "x") for n in range(3)]
+        try:
+            with pytest.raises(StoreError, match="credentials"):
+                fetch_rows(store, "ledgers/x", "part-00000", records, config, tmp_path / "work")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert not part_names(store, "ledgers/x")
+
+
 # ---- archives of JourneyDB ----
 
 
@@ -130,8 +161,8 @@ def test_archives_are_read_once_and_a_restart_goes_on(media: Any, tmp_path: Path
     store = LocalStore(tmp_path / "store")
     counts = fetch_archive(store, "ledgers/x", 0, str(path), config, tmp_path / "work")
     names = part_names(store, "ledgers/x")
-    assert names == ["part-000000-00000", "part-000000-00001", "part-000000-00002"]
-    assert [is_last(store, "ledgers/x", name) for name in names] == [False, False, True]
+    assert names == ["part-000000-00000", "part-000000-00001", "part-000000-00002.last"]
+    assert [is_last(name) for name in names] == [False, False, True]
     lines = lines_of(store)
     assert [line["key"] for line in lines] == IDS[:5]
     assert [line["reason"] for line in lines] == [None, None, RejectReason.UNDECODABLE, None, None]

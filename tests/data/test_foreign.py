@@ -98,6 +98,10 @@ def test_clips_out_of_tars_of_others(videos: Path, store: LocalStore, tmp_path: 
         name = ref.key.partition("/")[2]
         whole = media.frames(40, first=10 * int(name[:5]) + int(name[5:]))[ref.clip["indices"]]
         assert np.abs(frames.mean((1, 2, 3)) - whole.mean((1, 2, 3))).max() < 4
+    shown = {ref.identity: ref.clip for step in range(40) for ref in loader.refs(step)}
+    assert len(shown) > 6
+    for step in range(40):
+        assert all(shown[ref.identity] == ref.clip for ref in loader.refs(step))
     assert again.refs(3) == loader.refs(3)
     assert np.array_equal(again.read(again.refs(3)[0])[1], loader.read(loader.refs(3)[0])[1])
     assert sum(loader.image_fps.values()) == 6
@@ -185,6 +189,25 @@ def test_a_header_that_claims_to_be_huge_is_not_believed(store: LocalStore, tmp_
     assert rejects(store, shards) == {"(end of the tar)": "truncated"}
 
 
+def test_a_damaged_header_is_no_end(store: LocalStore, tmp_path: Path, media: Any) -> None:
+    """One wrong byte loses the rest of a tar, and so says the account; so does a tar without its last blocks."""
+    members = {f"{n}.{ending}": data for n in range(4) for ending, data in (("jpg", media.jpeg(n)), ("txt", b"a dog"))}
+    for name in ("flipped", "cut"):
+        write_tar(tmp_path / name / "a.tar", members)
+        path = tmp_path / name / "a.tar"
+        data = bytearray(path.read_bytes())
+        if name == "flipped":
+            data[data.index(b"2.jpg")] ^= 1
+        else:
+            data = data.rstrip(b"\0")
+            data += bytes(-len(data) % 512)
+        path.write_bytes(data)
+        shards = adopt(str(path), media="image", form=PICTURES, name=name, store=store, work=tmp_path)
+        assert shards.counts["samples"] == (2 if name == "flipped" else 4)
+        assert shards.counts["rows"] == shards.counts["samples"] + 1
+        assert rejects(store, shards) == {"(end of the tar)": "truncated"}
+
+
 def test_tars_in_a_bucket(videos: Path, s3_uri: str, store: LocalStore, tmp_path: Path) -> None:
     """They are read by ranges where they are, and kept near at hand like shards of ours."""
     bucket = open_store(s3_uri)
@@ -210,7 +233,10 @@ def test_what_is_no_tar_of_samples_is_refused(store: LocalStore, tmp_path: Path,
     """Commands, unknown schemes, packed tars, wrong paths, the other kind of medium: one line that says so."""
     write_tar(tmp_path / "in" / "a.tar", {"a.jpg": media.jpeg(1), "a.txt": b"a picture"})
     (tmp_path / "a.tgz").write_bytes(b"\x1f\x8b")
+    for part in "01":
+        write_tar(tmp_path / part / "a.tar", {"a.jpg": media.jpeg(1), "a.txt": b"a picture"})
     places = {
+        f"{tmp_path}/{{0..1}}/a.tar": "have the same name",
         "pipe:cat /etc/passwd": "commands are not run", "ftp://host/a.tar": "unknown scheme",
         "http://host/a.tar": "copy them to a disk", f"{tmp_path}/a.tgz": "no plain .tar",
         f"{tmp_path}/nowhere": "does not exist", f"{tmp_path}/in": "other kind",

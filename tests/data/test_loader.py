@@ -61,10 +61,10 @@ def test_reads_stay_within_a_window_of_shards() -> None:
         for start in range(0, 400, 40):
             shards = {row // 10 for row in rows[start : start + 40]}
             assert shards == set(epochs.window(400 * epoch + start))
-            if start:
+            if epoch or start:
                 assert shards == set(epochs.window(400 * epoch + start - 1, ahead=1))
         orders.append(rows)
-    assert orders[0] != orders[1] and epochs.window(399, ahead=1) == []
+    assert orders[0] != orders[1]
 
 
 def test_ten_million_samples_need_no_permutation_of_their_own() -> None:

@@ -102,6 +102,22 @@ def test_files_of_a_folder_come_in_order_of_their_names(place: str) -> None:
     ]  # fmt: skip
 
 
+def test_links_are_files_and_never_a_way_round(tmp_path: Path) -> None:
+    """One that leads nowhere, or to itself, is an empty file that cannot be opened; a folder is not entered twice."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a").write_bytes(b"12")
+    (tmp_path / "below" / "round").symlink_to(tmp_path)
+    (tmp_path / "good").symlink_to("below/a")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "self").symlink_to("self")
+    found = find_tree(str(tmp_path), "folder")
+    assert [(file.name, file.size) for file in found] == [("below/a", 2), ("gone", 0), ("good", 2), ("self", 0)]
+    for file in (found[1], found[3]):
+        assert digest_of(file) == "missing"
+        with pytest.raises(SourceError):
+            open_file(file.uri)
+
+
 def test_wrong_places_are_one_clear_line(place: str) -> None:
     """What was asked for, and what is missing."""
     open_store(place).write("p-0.csv", b"x")

@@ -18,6 +18,10 @@ class Ref:
     caption: str = ""
     fps: int = 8
 
+    @property
+    def identity(self) -> str:
+        return self.key
+
 
 class Counted:
     """A loader of four samples a step that says what it was asked for; reads from `held` on wait at the gate."""
@@ -84,14 +88,14 @@ def test_an_error_is_raised_where_its_sample_is_due() -> None:
 
 
 def test_what_is_known_is_not_read() -> None:
-    """A key that is remembered, or is being read already, comes without frames; it can still be read."""
+    """What is remembered, or is being read already, comes without frames; it can still be read."""
     samples = Counted(known=3)
     remembered: set[str] = set()
     with Prefetch(samples, 0, 1, threads=1, memory_bytes=10**4, is_known=remembered.__contains__) as ahead:
         found: list[Any] = []
         for ref, frames in ahead.at(0):
             found.append(frames is None)
-            remembered.add(ref.key)
+            remembered.add(ref.identity)
         assert found == [False, False, False, True]
         assert all(frames is None for _, frames in ahead.at(1))
         again, frames = ahead.read(samples.refs(1, 0, 1)[0])
@@ -110,7 +114,7 @@ def test_closing_does_not_wait_for_what_was_only_asked_for() -> None:
         time.sleep(0.01)
     samples.gate.set()
     closing.join()
-    assert samples.reads == [0, 1] and not threads_of("frames")
+    assert samples.reads in ([0], [0, 1]) and not threads_of("frames")  # the second may have begun
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused_before_anything_is_read() -> None:

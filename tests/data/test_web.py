@@ -33,6 +33,7 @@ OPT_OUTS = {
     "noimageai": ("X-Robots-Tag", "all, NoImageAI"),
     "noindex": ("X-Robots-Tag", "somebot: noindex, nofollow"),
     "noimageindex": ("X-Robots-Tag", "noimageindex"),
+    "none": ("X-Robots-Tag", "somebot: none"),
     "tdm": ("tdm-reservation", "1"),
 }
 TRAPS = {
@@ -98,6 +99,8 @@ class Web:
             body, status, headers = b"", 503, {"Retry-After": email.utils.formatdate(time.time() + 1, usegmt=True)}
         elif how == "bomb":
             body, headers = gzip.compress(bytes(10**6)), {"Content-Encoding": "gzip"}
+        elif how == "preview":
+            headers = {"X-Robots-Tag": "all, max-image-preview:none"}
         elif how in OPT_OUTS:
             headers = dict([OPT_OUTS[how]])
         elif how == "empty":
@@ -192,6 +195,7 @@ EXPECTED = {
     "busy": None,
     "dated": None,
     "redirect": None,
+    "preview": None,
     "twice": RejectReason.HTTP_STATUS,  # one attempt more would do
     "empty": RejectReason.NOT_MEDIA,
     "bomb": RejectReason.NOT_MEDIA,
@@ -379,6 +383,8 @@ def test_a_host_that_asks_for_peace_gets_it(web: Web, tmp_path: Path) -> None:
     lines = fetched(config, [f"http://{HOST}/closed", *(f"http://{HOST}/good-{n}" for n in range(5))], tmp_path)
     assert [line["reason"] for line in lines] == [RejectReason.HTTP_STATUS] * 6
     assert sum(web.asked.values()) == 1
+    (later,) = fetched(config, [f"http://{HOST}/good"], tmp_path / "next part")
+    assert later["reason"] == RejectReason.HTTP_STATUS and sum(web.asked.values()) == 1
 
 
 def test_a_server_may_fail_twice(web: Web, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ class Ref:
     caption: str
     fps: int
 
+    @property
+    def identity(self) -> str:
+        return self.key
+
 
 class RandomSamples:
     """A loader over seeded noise: every third step is of images."""

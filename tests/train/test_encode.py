@@ -1,8 +1,9 @@
 """Laws of encoding: numbers of a sample are its own."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from vc2.train.encode import Batches, Encoders
@@ -52,6 +53,35 @@ def test_a_sample_that_comes_twice_in_a_batch_keeps_both_positions(encoders: Enc
     assert batch.keys == ("video-0", "video-1", "video-2", "video-0") and batch.positions == (0, 1, 2, 3)
     assert torch.equal(batch.moments[0], batch.moments[3])
     assert samples.reads.count("video-0") == 1
+
+
+def test_what_is_remembered_is_the_clip_and_not_its_key(encoders: Encoders, random_samples: Any) -> None:
+    """Two clips of one video, under one key, are two samples, near each other and far apart."""
+
+    @dataclass(frozen=True)
+    class Clip:
+        kind: str
+        position: int
+        key: str = "film"
+        caption: str = "a film"
+        fps: int = 8
+
+        @property
+        def identity(self) -> tuple[str, int]:
+            return self.key, self.position % 3
+
+    class Clips(random_samples):
+        def refs(self, step: int, rank: int, world_size: int) -> list[Any]:
+            return [Clip("video", 4 * step + place) for place in range(4)]
+
+        def frames(self, ref: Any) -> Any:
+            return np.full((4, 16, 16, 3), 80 * (ref.position % 3), np.uint8)
+
+    batches = Batches(Clips(4), encoders, 0, 1)
+    first, second = batches.at(0).moments, batches.at(1).moments
+    batches.close()
+    assert torch.equal(first[0], first[3]) and torch.equal(first[1], second[0])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
 
 
 def test_a_corrupted_sample_is_replaced_under_its_own_position(encoders: Encoders, random_samples: Any) -> None:

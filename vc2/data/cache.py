@@ -163,13 +163,16 @@ class ShardCache:
     def _make_room(self, folder: Path, size: int) -> None:
         """Remove copies, least recently used first, until `size` more bytes are within the limit. Under the lock."""
         _sweep(folder)
-        facts = ((entry.stat(), entry.path) for entry in os.scandir(folder))
-        found = [(fact.st_mtime_ns, fact.st_size, path) for fact, path in facts]
+        found = []
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a reader that finds one damaged removes it
+                fact = path.stat()
+                found.append((fact.st_mtime_ns, fact.st_size, path))
         used = sum(size for _, size, _ in found)
         for _, freed, path in sorted(found):
             if used + size <= self._limit:
                 return
-            os.unlink(path)
+            path.unlink(missing_ok=True)
             used -= freed
 
     def _copy(self, store: Store, file: FileEntry, path: Path) -> None:

@@ -18,7 +18,6 @@ import re
 import shutil
 import tarfile
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Self
+from typing import IO, Any, BinaryIO
 
 from vc2.data.config import ShardStage, Source, WebVidSource
 from vc2.data.decode import Decoder, MediaError, shared_decoder, sniff
@@ -35,6 +34,7 @@ from vc2.data.ledger import row_of, write_part
 from vc2.data.places import is_url, local_path, open_file, s3_place, scheme_of, shown
 from vc2.data.rejects import RejectReason
 from vc2.data.sources import LARGEST_SIDECAR, Record, Seen, media_key, safe_name, sample_key, tar_record
+from vc2.data.tars import DAMAGE, files_of, open_tar
 from vc2.errors import StoreError
 from vc2.storage import Store, file_digest
 
@@ -45,7 +45,6 @@ IN_MEMORY = 8 * 2**20  # bytes of a member that are held in memory; a larger one
 WAITING = 2 * 2**30  # bytes of files that may wait for those of earlier rows
 AHEAD = 8  # members that are read while one is probed
 PAGE_DIR = re.compile(r"\d+_\d+")  # a folder of WebVid
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, OverflowError)  # of an archive
 READERS = 4  # threads that read files of a local tree or a bucket
 NEVER_MEDIA = frozenset(  # endings of members that are not even looked at: code in disguise, sound
     {"pyd", "pickle", "pkl", "pth", "pt", "m4a", "mp3", "wav", "flac", "aac", "ogg", "opus"}
@@ -59,6 +58,10 @@ class Counts:
     rows: int
     bytes: int  #: of media, usable or not
     reasons: Mapping[str, int]  #: rows by reason; usable ones are not among them
+
+    def __add__(self, other: "Counts") -> "Counts":
+        reasons = Counter(self.reasons) + Counter(other.reasons)
+        return Counts(self.rows + other.rows, self.bytes + other.bytes, dict(reasons))
 
 
 @contextmanager
@@ -157,9 +160,10 @@ class _Part:
                         await asyncio.wait([self.waiting[0][1]])
                         self._pack()
                 finally:
-                    for task in self.busy:
+                    left = [task for _, task in self.waiting]
+                    for task in left:
                         task.cancel()
-                    await asyncio.gather(*self.busy, return_exceptions=True)
+                    await asyncio.gather(*left, return_exceptions=True)
         return self.rows
 
     async def _start(self, record: Record) -> None:
@@ -213,7 +217,12 @@ def _append(path: Path, packed: BinaryIO) -> None:
 
 
 def _bring(config: ShardStage, locator: str, path: Path) -> _Arrived:
-    """A file of the source's own, hashed; one in a bucket is copied to `path`."""
+    """A file of the source's own, hashed; one in a bucket is copied to `path`.
+
+    Raises:
+        MediaError: If it is not there, or too large.
+        StoreError: If the bucket cannot be read: no fault of the row.
+    """
     place = _place(config.source, locator)
     if isinstance(place, Path):
         return _Arrived(place, *_digest(place, config))
@@ -224,8 +233,8 @@ def _bring(config: ShardStage, locator: str, path: Path) -> _Arrived:
         if entry.size > config.fetch.max_bytes:
             raise MediaError(RejectReason.TOO_LARGE, f"{entry.size} bytes")
         found = store.download(key, path)
-    except (StoreError, KeyError) as error:
-        raise MediaError(RejectReason.CONNECTION, str(error)[:200]) from None
+    except KeyError:
+        raise MediaError(RejectReason.MISSING_FILE, "no such object below the source's folder") from None
     return _Arrived(path, found.size, found.sha256)
 
 
@@ -359,7 +368,7 @@ def fetch_archive(
     """
     size = config.fetch.part_rows
     decoder = shared_decoder(config.fetch.probe_seconds, config.fetch.max_pixels)
-    rows: list[dict[str, Any]] = []
+    counts = Counts(0, 0, {})
     with workplace(work) as folder, open_file(uri, folder) as file, ThreadPoolExecutor(1) as probing:
         archive = _Archive(uri, file, config, folder, wanted, skip=first * size)
         samples = _probed_samples(islice(archive.samples(), most), config, decoder, probing)
@@ -371,9 +380,9 @@ def fetch_archive(
                     some.append(_placed(*waiting, archive, packed))
                     waiting = next(samples, None)
             write_part(store, prefix, f"part-{number:06d}-{part:05d}", some, blob, last=waiting is None)
-            rows += [{name: row[name] for name in ("size", "reason")} for row in some]
+            counts += _counts(some)
             if waiting is None:
-                return _counts(rows)
+                return counts
             part += 1
 
 
@@ -411,20 +420,6 @@ def _placed(sample: _Sample, found: dict[str, Any], archive: "_Archive", packed:
     return row
 
 
-class _Checked(tarfile.TarInfo):
-    """A header that is either whole or an error: tarfile itself takes a damaged one, and the end of the file, for the
-    end of the archive."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the mark of the end
-                raise
-            raise tarfile.ReadError(str(error)) from None
-
-
 class _Archive:
     """An archive of media, read from its start; of rows that are not wanted, or among the first `skip`, no bytes."""
 
@@ -447,9 +442,8 @@ class _Archive:
     def samples(self) -> Iterator[_Sample]:
         """The wanted rows, in the order of the archive."""
         source, done = self.config.source, 0
-        mode = "r|*" if self.is_packed else "r:"
         try:
-            with tarfile.open(fileobj=self.file, mode=mode, tarinfo=_Checked, bufsize=2**20) as self.tar:  # type: ignore[call-overload]
+            with open_tar(self.file, is_packed=self.is_packed) as self.tar:
                 for row, key, read in self._samples(source) if source.embedded else self._members():
                     if self._takes(key):
                         yield read()
@@ -467,22 +461,13 @@ class _Archive:
         return self.asked > self.skip
 
     def _files(self) -> Iterator[tarfile.TarInfo]:
-        """Members that are no folders. Damage between them ends the archive; what came before counts."""
-        before = -1
-        while True:
-            try:
-                member = self.tar.next()
-                if member is not None and self.tar.offset <= before:
-                    raise tarfile.ReadError("a header that leads backwards")
-            except (*DAMAGE, ValueError) as error:
-                self.damage = str(error)
-                return
-            if member is None:
-                return
-            before = self.tar.offset
-            self.tar.members = []  # type: ignore[attr-defined]  # it would keep all headers
-            if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
-                yield member
+        """Files that are not hidden. Damage between them ends the archive; what came before counts."""
+        try:
+            for member in files_of(self.tar):
+                if not member.name.rpartition("/")[2].startswith("."):
+                    yield member
+        except DAMAGE as error:
+            self.damage = str(error) or type(error).__name__
 
     def _members(self) -> Iterator[_Row]:
         """A row for each file: the pictures of JourneyDB."""

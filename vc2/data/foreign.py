@@ -35,13 +35,14 @@ import pyarrow.parquet as pq
 from vc2.artifacts import FileEntry, Manifest, ShardSet, commit, find, fingerprint, put_file, shard_set_prefix
 from vc2.config import digest
 from vc2.data.accounts import REJECTS
-from vc2.data.config import FetchConfig, SampleForm
+from vc2.data.config import FetchConfig, SampleForm, archive_stem
 from vc2.data.decode import ClipJob, Decoder, MediaError, sniff
 from vc2.data.ledger import parquet_bytes, read_part
 from vc2.data.places import RawFile, find_files, open_file, scheme_of
 from vc2.data.plan import draw_clips
 from vc2.data.rejects import RejectReason
 from vc2.data.shards import SLOTS, decode_frames, shard_name
+from vc2.data.tars import DAMAGE, files_of, open_tar
 from vc2.errors import ShardCorrupted, SourceError
 from vc2.launch import cpu_count
 from vc2.progress import Progress, silent
@@ -172,6 +173,10 @@ def _tars(uri: str) -> list[RawFile]:
     found = find_files(uri, (".tar",), "tars")
     if packed := [tar.uri for tar in found if not tar.name.lower().endswith(".tar")]:
         raise SourceError(f"{packed[0]} is no plain .tar: a sample in it has no place; unpack it, or use `vc2 shard`")
+    stems: dict[str, str] = {}
+    for tar in found:
+        if (other := stems.setdefault(archive_stem(tar.name), tar.uri)) != tar.uri:
+            raise SourceError(f"{other} and {tar.uri} have the same name, which makes the keys of their samples")
     return found
 
 
@@ -217,7 +222,7 @@ def _index_tar(
 ) -> None:
     """Write the rows of a tar, samples and rejects, as a part."""
     rows: list[dict[str, Any]] = []
-    stem, seen = tar.name.rpartition("/")[2].removesuffix(".tar"), set[str]()
+    stem, seen = archive_stem(tar.name), set[str]()
     with open_file(tar.uri) as opened:
         forward = _Forward(opened)
         for item in _groups(forward, media):
@@ -307,12 +312,10 @@ def _groups(forward: "_Forward", media: Media) -> Iterator["_Group | _Alone"]:
     """Samples in the order of the tar, a sample at a time in memory; where it is damaged it ends, and says so."""
     group: _Group | None = None
     try:
-        for member in _members(forward):
+        for member in files_of(open_tar(cast(BinaryIO, forward))):
             parts = NAME.fullmatch(member.name)
-            if member.isdir():
-                continue
-            if not member.isreg() or parts is None:
-                what = "no file" if parts else "no ending"
+            if not member.isreg() or member.issparse() or parts is None:
+                what = "no plain file" if parts else "no ending"
                 yield _Alone(member.name, RejectReason.NOT_MEDIA, f"{what}; not part of a sample")
                 continue
             if group is None or group.key != parts[1]:
@@ -320,7 +323,7 @@ def _groups(forward: "_Forward", media: Media) -> Iterator["_Group | _Alone"]:
                     yield group
                 group = _Group(parts[1])
             _take(member, parts[2].lower(), group, forward, media)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except DAMAGE as error:
         if group is not None:
             yield group
         yield _Alone("(end of the tar)", RejectReason.TRUNCATED, f"{error} at {forward.tell()}; what follows is lost")
@@ -346,13 +349,6 @@ def _take(member: tarfile.TarInfo, ending: str, group: _Group, forward: "_Forwar
         return
     data = head + forward.take(member.size - len(head))
     group.medium = {"offset": member.offset_data, "length": member.size, "ending": ending, "data": data}
-
-
-def _members(forward: "_Forward") -> Iterator[tarfile.TarInfo]:
-    with tarfile.open(fileobj=cast(BinaryIO, forward), mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            cast(Any, tar).members.clear()  # or they are kept, all of them
-            yield member
 
 
 class _Forward:

@@ -74,6 +74,11 @@ class SampleRef:
     frame_bytes: tuple[int, ...]
     clip: Mapping[str, Any] | None = None  #: of a tar of others: which frames to take, and what the decoder must know
 
+    @property
+    def identity(self) -> tuple[Kind, int, str, tuple[int, ...]]:
+        """What its frames are: two samples of a `Loader` have the same ones if this is the same."""
+        return self.kind, self.source, self.key, () if self.clip is None else tuple(self.clip["indices"])
+
 
 class _Set:
     """One shard set: the rows that can be drawn, and its endless order. Near duplicates are left out."""

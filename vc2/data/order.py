@@ -86,9 +86,10 @@ class Epochs:
         return int(self._rows(epoch, window)[place])
 
     def window(self, position: int, ahead: int = 0) -> list[int]:
-        """Shards that are read around a position; with `ahead`, so many windows later (in its epoch)."""
+        """Shards that are read around a position; with `ahead`, so many windows later."""
         epoch, window, _ = self._locate(position)
-        return self._members(epoch, window + ahead).tolist()
+        further, window = divmod(window + ahead, -(-len(self._counts) // self._width))
+        return self._members(epoch + further, window).tolist()
 
     def _locate(self, position: int) -> tuple[int, int, int]:
         epoch, place = divmod(position, self.length)

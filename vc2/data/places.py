@@ -138,7 +138,8 @@ def find_files(place: str, endings: tuple[str, ...], role: str) -> list[RawFile]
 
 
 def find_tree(place: str, role: str) -> list[RawFile]:
-    """All files below a local or S3 folder, in order of their names; hidden files and folders are left out.
+    """All files below a local or S3 folder, in order of their names; hidden files and folders are left out. A link that
+    leads nowhere is an empty file; one to a folder is not followed.
 
     Raises:
         SourceError: If there is no such folder, or nothing in it.
@@ -152,7 +153,11 @@ def find_tree(place: str, role: str) -> list[RawFile]:
         root = local_path(place)
         if not root.is_dir():
             raise SourceError(f"{role} {place} is not a folder; check the path")
-        found = [_local(path, path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file()]
+        found = [
+            _local(path, path.relative_to(root).as_posix()) if path.exists() else _nowhere(path, root)
+            for path in root.rglob("*")
+            if path.is_file() or (path.is_symlink() and not path.exists())
+        ]
     found = [file for file in found if not any(part.startswith(".") for part in file.name.split("/"))]
     if not found:
         raise SourceError(f"{role}: no file below {place}; check the path")
@@ -193,6 +198,11 @@ def _stat(place: str) -> RawFile | None:
 def _local(path: Path, name: str) -> RawFile:
     facts = path.stat()
     return RawFile(str(path), name, facts.st_size, str(facts.st_mtime_ns))
+
+
+def _nowhere(path: Path, root: Path) -> RawFile:
+    """A link to nothing."""
+    return RawFile(str(path), path.relative_to(root).as_posix(), 0, str(path.lstat().st_mtime_ns))
 
 
 def _inside(place: str) -> tuple[list[RawFile], bool]:
@@ -330,6 +340,8 @@ def digest_of(file: RawFile, cache: Path | None = None) -> str:
             return f"{file.size} {file.stamp}"
         with open_file(file.uri) as opened:
             return hashlib.file_digest(cast(Any, opened), "sha256").hexdigest()
+    if file.size == 0 and not Path(file.uri).exists():  # a link of `find_tree` that leads nowhere
+        return "missing"
     known = _Known(cache, file) if cache is not None else None
     if known is not None and (found := known.read()) is not None:
         return found

@@ -7,7 +7,7 @@ not there yet.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -36,6 +36,11 @@ class Sample(Protocol):
 
     @property
     def key(self) -> str: ...
+
+    @property
+    def identity(self) -> Hashable:
+        """What its frames are; its key alone need not tell."""
+        ...
 
     @property
     def caption(self) -> str: ...
@@ -83,7 +88,7 @@ class Prefetch:
         world_size: Ranks in all.
         threads: That read and decode.
         memory_bytes: Frames that may wait; at least one sample per thread is always under way.
-        is_known: Of a key: whether its frames are not needed, because what was made of them is remembered. A key that
+        is_known: Of an identity: whether its frames are not needed, because what was made of them is remembered. What
             is being read already is not read again then.
 
     Raises:
@@ -98,7 +103,7 @@ class Prefetch:
         *,
         threads: int = 4,
         memory_bytes: int = 2**29,
-        is_known: Callable[[str], bool] | None = None,
+        is_known: Callable[[Hashable], bool] | None = None,
     ) -> None:
         samples.refs(0, rank, world_size)
         self._samples, self._rank, self._world_size = samples, rank, world_size
@@ -108,12 +113,12 @@ class Prefetch:
         self._start(0)
 
     def at(self, step: int) -> Iterator[tuple[Any, np.ndarray | None]]:
-        """The samples of a step, in order; frames are None where the key is known (or was about to be).
+        """The samples of a step, in order; frames are None where they are known (or about to be).
 
         Those that follow are read meanwhile. Errors of reading are raised where their sample is due.
         """
         while self._queue and self._queue[0].step < step:  # left over where a step was not used up
-            self._keys.discard(self._take().ref.key)
+            self._reading.discard(self._take().ref.identity)
         if (self._queue[0].step if self._queue else self._first) != step:
             self._start(step)
         while True:
@@ -128,7 +133,7 @@ class Prefetch:
             self._sizes[asked.ref.kind] = frames.nbytes
             self._fill()
             yield found, frames
-            self._keys.discard(asked.ref.key)  # by now it is known, or will be read again
+            self._reading.discard(asked.ref.identity)  # by now it is known, or will be read again
 
     def read(self, ref: Any) -> tuple[Any, np.ndarray]:
         """The frames of a sample now: of one that was expected to be known and is not."""
@@ -150,7 +155,7 @@ class Prefetch:
             if asked.read is not None:
                 asked.read.cancel()
         self._queue: deque[_Asked] = deque()  # in the order of use
-        self._keys: set[str] = set()  # that are being read
+        self._reading: set[Hashable] = set()  # identities
         self._reads: Counter[str] = Counter()  # by kind
         self._first, self._coming = step, self._from(step)
 
@@ -172,11 +177,11 @@ class Prefetch:
             group = [_Asked(*next(self._coming)) for _ in range(self._at_once())]
             needed: list[_Asked] = []
             for asked in group:
-                key = asked.ref.key
-                if self._is_known is None or not (key in self._keys or self._is_known(key)):
+                identity = asked.ref.identity
+                if self._is_known is None or not (identity in self._reading or self._is_known(identity)):
                     asked.place = len(needed)
                     needed.append(asked)
-                    self._keys.add(key)
+                    self._reading.add(identity)
                     self._reads[asked.ref.kind] += 1
             if needed:
                 read = self._pool.submit(self._read_all, [asked.ref for asked in needed])

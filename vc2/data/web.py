@@ -1,9 +1,9 @@
 """HTTP as a good guest, and as a careful one.
 
-Good: at most so many requests at a time to one host, with a least time between them; failures that may pass (408, 425,
-429, 5xx, broken connections, short bodies) are tried again, later and later with jitter, and not before `Retry-After`
-says; a host that asks for more time than a row has is left alone by all rows. We say who we are, and media whose
-answer reserves its rights (`X-Robots-Tag`, `TDM-Reservation`) are left out.
+Good: a worker makes at most so many requests at a time to one host, with a least time between them; failures that may
+pass (408, 425, 429, 5xx, broken connections, short bodies) are tried again, later and later with jitter, and not before
+`Retry-After` says; a host that asks for more time than a row has is left alone by all rows of the worker. We say who we
+are, and media whose answer reserves its rights (`X-Robots-Tag`, `TDM-Reservation`) are left out.
 
 Careful: a list of URLs is written by strangers. Only http and https are spoken; each hop of a redirect is a new
 address to be checked; a host must stand for addresses of the public internet alone, in whatever spelling, and the
@@ -25,7 +25,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -45,8 +45,8 @@ T = TypeVar("T")
 MOST_REDIRECTS = 5
 CHUNK = 2**18  # bytes that are written at a time
 HEAD = 32  # bytes that tell what a body is
-OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
-MOST_NAMES = 10_000  # that are remembered with their addresses
+OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # none: noindex, nofollow
+MOST_NAMES = 10_000  # of hosts of which something is remembered
 NAME_SECONDS = 600.0  # how long they are
 LOOK_UPS = 16  # of names, at a time
 
@@ -71,11 +71,16 @@ class _Forbidden(OSError):
     """An address that no URL of a stranger may lead to."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Host:
-    gate: asyncio.Semaphore
-    next_start: float = 0.0  # of a request, by the clock of the loop
+    """When a host may be asked again, by `time.monotonic`."""
+
+    next_start: float = 0.0  # of a request
     quiet_until: float = 0.0  # as it asked for
+
+
+_hosts: dict[tuple[str, ...], _Host] = {}  # of this process, whose parts follow each other
+_known: dict[str, tuple[float, list[str]]] = {}  # addresses by name, and until when they hold; of this process, too
 
 
 @dataclass
@@ -96,11 +101,14 @@ class _Time:
 
 
 class Web:
-    """Requests of one worker. Used as `async with Web(config) as web`, within one event loop."""
+    """Requests of one worker. Used as `async with Web(config) as web`, within one event loop.
+
+    What hosts asked for, and where they are, is known to all that come one after the other in a process.
+    """
 
     def __init__(self, config: FetchConfig) -> None:
         self.config = config
-        self._hosts: dict[str, _Host] = {}
+        self._gates: dict[str, asyncio.Semaphore] = {}
         self._gate = asyncio.Semaphore(config.concurrency)
 
     async def __aenter__(self) -> Self:
@@ -193,25 +201,31 @@ class Web:
     @asynccontextmanager
     async def _turn(self, url: URL, rest: _Time) -> AsyncIterator[None]:
         """Wait until the host, and we, can have one more request."""
-        clock = asyncio.get_running_loop().time
-        host = self._host(url)
-        async with host.gate:
-            if (quiet := host.quiet_until - clock()) > 0:
+        name = url.host or ""
+        if name not in self._gates:
+            self._gates[name] = asyncio.Semaphore(self.config.per_host)
+        async with self._gates[name]:
+            host = self._host(url)
+            if (quiet := host.quiet_until - time.monotonic()) > 0:
                 if quiet >= rest.left:
                     raise MediaError(RejectReason.HTTP_STATUS, f"its host asked us to stay away for {quiet:.0f} s")
                 rest.left -= quiet
                 await asyncio.sleep(quiet)
-            start = max(clock(), host.next_start)
+            start = max(time.monotonic(), host.next_start)
             host.next_start = start + self.config.host_interval
-            await asyncio.sleep(start - clock())
+            await asyncio.sleep(start - time.monotonic())
             async with self._gate:
                 yield
 
     def _host(self, url: URL) -> _Host:
-        name = url.host or ""
-        if name not in self._hosts:
-            self._hosts[name] = _Host(asyncio.Semaphore(self.config.per_host))
-        return self._hosts[name]
+        key = (url.host or "", *map(str, self._names.target(url) or ()))
+        if key not in _hosts:
+            if len(_hosts) >= MOST_NAMES:
+                now = time.monotonic()
+                for old in [old for old, host in _hosts.items() if max(host.next_start, host.quiet_until) <= now]:
+                    del _hosts[old]
+            _hosts[key] = _Host()
+        return _hosts[key]
 
     @asynccontextmanager
     async def _answer(self, url: URL, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -241,7 +255,7 @@ class Web:
         wait = _seconds(answer.headers.get("Retry-After"))
         if wait is not None:
             host = self._host(answer.url)
-            host.quiet_until = max(host.quiet_until, asyncio.get_running_loop().time() + wait)
+            host.quiet_until = max(host.quiet_until, time.monotonic() + wait)
         return _TryLater(RejectReason.HTTP_STATUS, f"HTTP {status}", wait)
 
 
@@ -255,7 +269,7 @@ async def save(answer: aiohttp.ClientResponse, path: Path, *, most: int | None, 
     if most is not None and announced is not None and announced > most:
         raise MediaError(RejectReason.TOO_LARGE, f"{announced} bytes announced")
     sha256, size, head, is_known = hashlib.sha256(), 0, b"", not only_media
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb") as file:
         async for chunk in answer.content.iter_any():
             sha256.update(chunk)
             size += len(chunk)
@@ -279,7 +293,8 @@ def _opt_out(answer: aiohttp.ClientResponse) -> str | None:
     """The header that reserves the rights in an answer. What is said to one robot by name is taken as said to all."""
     for value in answer.headers.getall("X-Robots-Tag", []):
         for directive in value.lower().split(","):
-            if directive.rpartition(":")[2].strip() in OPT_OUTS:
+            name, _, said = directive.rpartition(":")
+            if said.strip() in OPT_OUTS and not name.strip().endswith("max-image-preview"):
                 return f"X-Robots-Tag: {value[:100]}"
     if answer.headers.get("TDM-Reservation", "").strip() == "1":
         return "TDM-Reservation: 1"
@@ -343,7 +358,6 @@ class _Names(AbstractResolver):
     public ones. aiohttp connects to what this returns and looks nothing up by itself."""
 
     config: FetchConfig
-    known: dict[str, tuple[float, list[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._looking_up = ThreadPoolExecutor(LOOK_UPS, thread_name_prefix="names")
@@ -381,21 +395,25 @@ class _Names(AbstractResolver):
 
     async def _addresses(self, host: str) -> list[str]:
         now = time.monotonic()
-        if host in self.known and self.known[host][0] > now:
-            return self.known[host][1]
+        if host in _known and _known[host][0] > now:
+            return _known[host][1]
         async with asyncio.timeout(self.config.connect_timeout):
             found = await asyncio.get_running_loop().run_in_executor(
                 self._looking_up, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             )
         addresses = list(dict.fromkeys(str(item[4][0]) for item in found))
-        if len(self.known) >= MOST_NAMES:
-            del self.known[next(iter(self.known))]
-        self.known[host] = now + NAME_SECONDS, addresses
+        if len(_known) >= MOST_NAMES:
+            del _known[next(iter(_known))]
+        _known[host] = now + NAME_SECONDS, addresses
         return addresses
 
     def _is_named(self, host: str, port: int) -> bool:
         allowed = self.config.allow_hosts
         return host in allowed or f"{host}:{port}" in allowed or self._target(host, port) is not None
+
+    def target(self, url: URL) -> tuple[str, int] | None:
+        """Where `connect_to` leads a URL."""
+        return self._target(url.host or "", url.port or 80)
 
     def _target(self, host: str, port: int) -> tuple[str, int] | None:
         target = self.config.connect_to.get(f"{host}:{port}") or self.config.connect_to.get(host)

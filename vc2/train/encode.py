@@ -5,7 +5,7 @@ encoded is remembered up to a bound: a small world is encoded once. Frames are r
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
@@ -27,21 +27,21 @@ class Encoders:
         self.autoencoder = autoencoder.to(device)
         self.text_encoder = text.to(device)
         self.device = device
-        self._memory: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._memory: OrderedDict[tuple[str, Hashable], Tensor] = OrderedDict()
         self._bytes, self._most_bytes = 0, memory_bytes
 
-    def remembers(self, key: str) -> bool:
-        """Whether the moments of the sample with this key are at hand."""
-        return ("moments", key) in self._memory
+    def remembers(self, identity: Hashable) -> bool:
+        """Whether the moments of the sample with this identity are at hand."""
+        return ("moments", identity) in self._memory
 
-    def moments(self, key: str, frames: NDArray[np.uint8] | None = None) -> Tensor:
+    def moments(self, identity: Hashable, frames: NDArray[np.uint8] | None = None) -> Tensor:
         """Mean and log-variance of the latents of a sample, (2C, T, H / 8, W / 8), on the CPU.
 
         Args:
-            key: Of the sample.
+            identity: Of the sample: what its frames are.
             frames: uint8 RGB, (T, H, W, 3); None for a sample that is remembered.
         """
-        return self._recall("moments", key, lambda: self._encode_frames(frames))
+        return self._recall("moments", identity, lambda: self._encode_frames(frames))
 
     def text(self, caption: str) -> Tensor:
         """Features of a caption, (L, D), on the CPU."""
@@ -52,8 +52,8 @@ class Encoders:
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(3, 0, 1, 2)[None]
         return self.autoencoder.moments(pixels.float() / 127.5 - 1)[0].float().cpu()
 
-    def _recall(self, what: str, key: str, encode: Callable[[], Tensor]) -> Tensor:
-        name = (what, key)
+    def _recall(self, what: str, of: Hashable, encode: Callable[[], Tensor]) -> Tensor:
+        name = (what, of)
         if name in self._memory:
             self._memory.move_to_end(name)
             return self._memory[name]
@@ -112,6 +112,6 @@ class Batches:
 
     def _moments(self, ref: Sample, frames: NDArray[np.uint8] | None) -> tuple[Sample, Tensor]:
         """The sample that serves for `ref` (itself, unless it is damaged) and its moments."""
-        if frames is None and not self._encoders.remembers(ref.key):  # forgotten since it was looked ahead at
+        if frames is None and not self._encoders.remembers(ref.identity):  # forgotten since it was looked ahead at
             ref, frames = self._ahead.read(ref)
-        return ref, self._encoders.moments(ref.key, frames)
+        return ref, self._encoders.moments(ref.identity, frames)
