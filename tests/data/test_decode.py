@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from vc2.data import decode
 from vc2.data.config import SampleForm
 from vc2.data.decode import ClipJob, Decoder, Encoded, MediaError, sniff
-from vc2.data.media import count_cuts, fit_frame, fit_pixels, perceptual_hash
+from vc2.data.media import clips, count_cuts, fit_frame, fit_pixels, perceptual_hash, probe
 from vc2.data.rejects import RejectReason
 from vc2.data.shards import decode_frames
 from vc2.data.video_files import encode_mp4, read_video
@@ -296,6 +297,42 @@ def test_answers_do_not_depend_on_the_files_before(bikes: Path, monkeypatch: pyt
             sample = decoder.clips(bikes, job, facts, SampleForm(), decoder="pyav")[0]
             assert sample == decoder.clips(bikes, job, facts, SampleForm(), decoder="pyav")[0]
     assert len(children) == 2
+
+
+def test_what_decord_fails_at_is_asked_of_a_fresh_child(media: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its failure may be the fault of earlier files, and PyAV's frames are not the same: only a process at its first
+    file may turn to PyAV."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    data = media.mp4(8, 24)
+    facts, asked = probe("video", data, 10**6).as_dict(), SampleForm(width=64, height=48).model_dump()
+    cut = partial(clips, data, [ClipJob([0, 3], 8)], facts, asked)
+    with monkeypatch.context() as patched:
+        patched.setattr("decord.VideoReader", fails)
+        with pytest.raises(MemoryError):
+            cut("decord", lambda: False, is_first=False)
+        assert cut("decord", lambda: False, is_first=True) == cut("pyav", lambda: False, is_first=False)
+    with pytest.raises(MemoryError):
+        cut("decord", lambda: True, is_first=False)
+
+
+def test_a_film_that_decord_complains_about_is_the_same_in_any_child(bikes: Path) -> None:
+    """As the first file of a child, and after others."""
+    data, job = bytearray(bikes.read_bytes()), [ClipJob(range(4, 36, 2), 12)]
+    with Decoder(60) as decoder:
+        facts = decoder.probe("video", bikes).as_dict()
+        for place in range(len(data) // 30, len(data) // 30 + 4):
+            data[place] ^= 255
+        answers, children = [], [decoder._child]
+        for _ in range(2):
+            try:
+                answers.append(decoder.clips(bytes(data), job, facts, SampleForm(), decoder="decord"))
+            except MediaError as error:
+                answers.append(error.reason)
+            children.append(decoder._child)
+    assert answers[0] == answers[1] and len(set(children)) == 3
 
 
 def test_a_child_that_dies_between_files_is_replaced(media: Any) -> None:

@@ -4,8 +4,8 @@ Decoders meet hostile input. They crash, and decord can spin for ever in native 
 interrupts. So files are opened in a child process (`Decoder`) that is given a deadline, killed when it misses it, and
 dies with its parent. The child is reused for many files; a request is one JSON header (and the bytes, where there is
 no path), an answer one JSON header and the samples, encoded: pixels never leave the child. It has a limit of memory,
-and no answer depends on the files before: what fails for want of memory is asked again of a fresh child. What it does
-with a file is in `media`.
+and no answer depends on the files before: what fails, or may have failed, for want of memory is asked again of a fresh
+child. What it does with a file is in `media`.
 """
 
 import atexit
@@ -56,6 +56,7 @@ class Decoder:
         self.seconds = seconds
         self.max_pixels = max_pixels
         self._child: subprocess.Popen[bytes] | None = None
+        self._is_new = False
 
     def probe(self, media: Media, source: Path | bytes) -> Facts:
         """Facts of a file (see `media.probe`).
@@ -101,7 +102,7 @@ class Decoder:
         return _samples(*self._ask({"op": "picture", "form": _coding(form)}, source))[0]
 
     def start(self) -> Self:
-        """Start the child now, from this thread."""
+        """Start the child now, from this thread, and do not wait for it."""
         self._running()
         return self
 
@@ -146,8 +147,9 @@ class Decoder:
 
     def _once(self, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytearray]:
         child = self._running()
-        until = time.monotonic() + self.seconds
         try:
+            self._greet(child)
+            until = time.monotonic() + self.seconds
             _send(cast(BinaryIO, child.stdin), header, payload)
             return self._receive(until)
         except TimeoutError:
@@ -169,14 +171,21 @@ class Decoder:
             )
             for pipe in (self._child.stdin, self._child.stdout):
                 _widen(cast(BinaryIO, pipe))
-            try:
-                self._receive(time.monotonic() + START_SECONDS)
-            except (TimeoutError, EOFError):
-                self.close()
-                raise Vc2Error(
-                    f"`{sys.executable} -m vc2.data.decode` does not start; run it by hand to see why"
-                ) from None
+            self._is_new = True
         return self._child
+
+    def _greet(self, child: subprocess.Popen[bytes]) -> None:
+        """Wait until a new child says that it is ready. One that was killed is no reason to give up."""
+        if not self._is_new:
+            return
+        try:
+            self._receive(time.monotonic() + START_SECONDS)
+        except (TimeoutError, EOFError) as error:
+            if isinstance(error, EOFError) and child.wait() < 0:
+                raise
+            self.close()
+            raise Vc2Error(f"`{sys.executable} -m vc2.data.decode` does not start; run it by hand to see why") from None
+        self._is_new = False
 
     def _receive(self, until: float) -> tuple[dict[str, Any], bytearray]:
         (size,) = HEADER.unpack(self._read(HEADER.size, until))
@@ -256,21 +265,24 @@ def _serve() -> None:
     Image.init()
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     _send(answers, {}, b"")
+    is_first = True
     while header := requests.read(HEADER.size):
         request = json.loads(requests.read(HEADER.unpack(header)[0]))
         data: bytes = b""
         try:
             source = request["path"] if "path" in request else requests.read(request["bytes"])
-            answer, data = _answer(request, source, lambda: _complaints(heard))
+            answer, data = _answer(request, source, lambda: _complaints(heard), is_first=is_first)
         except MediaError as error:
             answer = {"reason": str(error.reason), "detail": error.detail, "memory": False}
         except MemoryError:
             detail = f"needs more than {MOST_MEMORY >> 20} MiB to decode"
             answer = {"reason": str(RejectReason.TOO_LARGE), "detail": detail, "memory": True}
+        except (ImportError, NameError):  # not the file's fault
+            raise
         except Exception as error:  # whatever a codec makes of a damaged file
             answer = {"reason": str(RejectReason.UNDECODABLE), "detail": type(error).__name__, "memory": False}
         _send(answers, {**answer, "resident": _resident(), "bytes": len(data)}, data)
-        source = data = b""
+        source, data, is_first = b"", b"", False
 
 
 def _listen() -> int:
@@ -300,7 +312,7 @@ def _resident() -> int:
 
 
 def _answer(
-    request: dict[str, Any], source: str | bytes, complaints: Callable[[], bool]
+    request: dict[str, Any], source: str | bytes, complaints: Callable[[], bool], *, is_first: bool
 ) -> tuple[dict[str, Any], bytes]:
     if request["op"] == "probe":
         return work.probe(request["media"], source, request["max_pixels"]).as_dict(), b""
@@ -308,7 +320,8 @@ def _answer(
         samples = [work.picture(source, request["form"], request["max_pixels"])]
     else:
         jobs = [ClipJob(**job) for job in request["jobs"]]
-        samples = work.clips(source, jobs, request["facts"], request["form"], request["decoder"], complaints)
+        known, form, decoder = request["facts"], request["form"], request["decoder"]
+        samples = work.clips(source, jobs, known, form, decoder, complaints, is_first)
     return {"samples": [_described(sample) for sample in samples]}, b"".join(
         part for sample in samples for part in sample.parts
     )

@@ -26,7 +26,6 @@ from vc2.data.video_files import encode_planes, open_media
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
-    from av.container import InputContainer
     from av.video.codeccontext import VideoCodecContext
     from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
@@ -233,6 +232,7 @@ def clips(
     form: Mapping[str, Any],
     decoder: str,
     complaints: Callable[[], bool],
+    is_first: bool,
 ) -> list[Encoded]:
     """Clips of one video, fitted to `form` (width, height, codec, jpeg_quality, x264_crf).
 
@@ -243,17 +243,22 @@ def clips(
         form: See `config.SampleForm`.
         decoder: decord or pyav.
         complaints: Whether anything was written to the standard error since it was last asked.
+        is_first: Whether this process has opened no other file.
 
     Raises:
         MediaError: If one of the frames is missing or damaged.
+        MemoryError: If there is too little. Also if decord fails in a process that is not at its first file: what the
+            others have left may be why, and PyAV's frames would not be the same.
     """
     wanted = sorted({number for job in jobs for number in job.indices})
     size, aspect = (form["width"], form["height"]), Fraction(facts["aspect"])
     found = None
-    if decoder == "decord" and facts["rotation"] == 0:
+    if decoder == "decord" and facts["rotation"] == 0 and _is_in_order(source, facts["frames"]):
         complaints()
         found = _decord_frames(source, wanted, facts["frames"], lambda pixels: fit_pixels(pixels, *size, aspect))
         found = None if complaints() else found
+        if found is None and not is_first:
+            raise MemoryError
     if found is None:
         found = _pyav_frames(source, wanted, lambda frame: fit_frame(frame, *size, aspect, facts["rotation"]))
     jpegs = {}
@@ -277,11 +282,9 @@ def _encoded(job: ClipJob, found: Mapping[int, np.ndarray], jpegs: Mapping[int, 
 def _decord_frames(
     source: Source, wanted: Sequence[int], count: int, take: Callable[[np.ndarray], np.ndarray]
 ) -> dict[int, np.ndarray] | None:
-    """What `take` makes of each frame, by number; None where decord fails or cannot be trusted to count them."""
+    """What `take` makes of each frame, by number; None where decord fails or finds another number of them."""
     import decord
 
-    if not _is_in_order(source, count):
-        return None
     decord.logging.set_level(decord.logging.ERROR)
     try:
         reader = decord.VideoReader(_file(source), ctx=decord.cpu(0), num_threads=1)
@@ -295,7 +298,7 @@ def _decord_frames(
 def _is_in_order(source: Source, count: int) -> bool:
     """Whether every keyframe of the file is a fresh start. Where one is not (open groups of pictures) decord, which
     jumps there and drops what it cannot decode, ends up frames ahead without saying so."""
-    with open_media(_file(source)) as container:
+    with open_media(_file(source), by_header=True) as container:
         stream = container.streams.video[0]
         codec, setup = stream.codec_context.name, stream.codec_context.extradata or b""
         found, keyframe = 0, None
@@ -352,7 +355,7 @@ def _pyav_pass(
         FFmpegError, LookupError: At the first error, or if a frame does not come out.
     """
     found: dict[int, np.ndarray] = {}
-    with open_media(_file(source)) as container:
+    with open_media(_file(source), by_header=True) as container:
         stream = container.streams.video[0]
         context = _strict(stream)
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -400,35 +403,28 @@ def _strict(stream: "VideoStream") -> "VideoCodecContext":
 
 def _probe_video(source: Source, max_pixels: int) -> Facts:
     with open_media(_file(source), by_header=True) as container:
-        if container.streams.video and container.streams.video[0].width:
-            return _video_facts(container, max_pixels)
-    with open_media(_file(source)) as container:
-        return _video_facts(container, max_pixels)
-
-
-def _video_facts(container: "InputContainer", max_pixels: int) -> Facts:
-    if not container.streams.video:
-        raise MediaError(RejectReason.NOT_MEDIA, "no video stream")
-    stream = container.streams.video[0]
-    if stream.width * stream.height > max_pixels:
-        raise MediaError(RejectReason.TOO_LARGE, f"{stream.width} x {stream.height} pixels")
-    count, stamps, entry = 0, [], None
-    for packet in container.demux(stream):
-        count += bool(packet.size)
-        if entry is None and packet.size and packet.is_keyframe:
-            entry = packet
-        if packet.size and not packet.is_discard:
-            stamps.append(packet.dts if packet.pts is None else packet.pts)
-    ticks = sorted(stamp for stamp in stamps if stamp is not None)
-    declared, base, mean = stream.frames, stream.time_base, stream.average_rate
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    if not ticks or count < declared:
-        raise MediaError(RejectReason.TRUNCATED, f"{count} of {declared} frames")
-    context = _strict(stream)
-    frames = [*context.decode(entry), *context.decode(None)] if entry else []
-    if not frames or frames[0].is_corrupt:
-        raise MediaError(RejectReason.UNDECODABLE, "the first frame")
-    first = frames[0]
+        if not container.streams.video:
+            raise MediaError(RejectReason.NOT_MEDIA, "no video stream")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > max_pixels:
+            raise MediaError(RejectReason.TOO_LARGE, f"{stream.width} x {stream.height} pixels")
+        count, stamps, entry = 0, [], None
+        for packet in container.demux(stream):
+            count += bool(packet.size)
+            if entry is None and packet.size and packet.is_keyframe:
+                entry = packet
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.dts if packet.pts is None else packet.pts)
+        ticks = sorted(stamp for stamp in stamps if stamp is not None)
+        declared, base, mean = stream.frames, stream.time_base, stream.average_rate
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        if not ticks or count < declared:
+            raise MediaError(RejectReason.TRUNCATED, f"{count} of {declared} frames")
+        context = _strict(stream)
+        frames = [*context.decode(entry), *context.decode(None)] if entry else []
+        if not frames or frames[0].is_corrupt:
+            raise MediaError(RejectReason.UNDECODABLE, "the first frame")
+        first = frames[0]
     rate, times = _rate_of(np.asarray(ticks, np.int64), Fraction(base or 1), mean)
     rotation = round(first.rotation) % 360
     width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)

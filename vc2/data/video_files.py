@@ -224,16 +224,20 @@ def open_media(source: Any, *, by_header: bool = False) -> "InputContainer":
 
     Args:
         source: The file.
-        by_header: Believe its header, decode nothing: opened several times faster, but files that say nothing in their
-            header have no size then.
+        by_header: Decode nothing in order to find out about its streams where the header tells their size: several
+            times faster.
     """
     import av
 
     if by_header:
         options: Any = [{"threads": "1", "skip_frame": "all"}] * MOST_STREAMS
         try:
-            return cast("InputContainer", av.open(source, metadata_errors="ignore", stream_options=options))
+            container = cast("InputContainer", av.open(source, metadata_errors="ignore", stream_options=options))
+            if all(stream.width for stream in container.streams.video):
+                return container
+            container.close()
         except ValueError:  # formats without a header take no such options
-            if not isinstance(source, str):
-                source.seek(0)
+            pass
+        if not isinstance(source, str):
+            source.seek(0)
     return cast("InputContainer", av.open(source, metadata_errors="ignore"))
