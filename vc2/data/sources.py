@@ -14,6 +14,8 @@ its place.
 Sources call the same thing by many names. What is kept of a row beside its captions has one name each (`SYNONYMS`):
 `similarity`, `punsafe`, `pwatermark`, `aesthetic`, `width`, `height` (pixels) and `duration` (seconds) are numbers,
 `sha256` and `md5` promise the bytes of the file; all else keeps the name it has.
+
+Text is UTF-8. A row or a caption with bytes that are not is unparsable; nothing is guessed, nothing replaced.
 """
 
 import csv
@@ -25,8 +27,10 @@ import sys
 import tarfile
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any
 
 from vc2.data.config import (
@@ -60,12 +64,15 @@ __all__ = [
 
 UUID = re.compile(r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?:\.[A-Za-z]+)?$", re.IGNORECASE)
 FLAG = re.compile(r"(?:^|\s)(?:--|—)(?=[A-Za-z])")  # Midjourney flags come last; some editors make one dash of two
-PROMPT_URL = re.compile(r"https?://\S+")
+PROMPT_URL = re.compile(r"<?https?://[^\s>]+>?")  # Midjourney puts those it has shortened in angle brackets
+NO_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of such bytes
+ARRAY = re.compile(r"\s*\[\s*(\{|$)")
 DURATION = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?", re.IGNORECASE)
 LONGEST_KEY = 96  # with the number of a clip and an ending it still fits a ustar name
 LONGEST_FIELD = 2**20  # characters of a CSV field; where a quote is never closed, the row ends here
 LONGEST_VALUE = 1000  # characters of what is kept beside the captions of a sample in a tar
 LARGEST_SIDECAR = 2**22  # bytes of a .txt or .json beside a medium
+OWN_COLUMNS = "--set source.file_column=... --set source.caption_column=..."
 
 SYNONYMS = {  # name in the source, lower case -> ours
     "url": "url",
@@ -91,6 +98,7 @@ SYNONYMS = {  # name in the source, lower case -> ours
     "nsfw": "nsfw",
     "sample_id": "sample_id",
 }
+TEXTS = ("url", "top_caption", "text")
 NUMBERS = ("similarity", "punsafe", "pwatermark", "aesthetic")
 PIXELS = ("width", "height")
 OF_THE_TOOL = ("key", "status", "error_message", "exif")  # of img2dataset and video2dataset: about their run
@@ -173,7 +181,7 @@ def split_prompt(prompt: str) -> tuple[str, dict[str, Any]]:
     for flag in flags:
         name, _, value = flag.strip().partition(" ")
         found[name.lower()] = value.strip() or True
-    urls = PROMPT_URL.findall(text)
+    urls = [url.strip("<>") for url in PROMPT_URL.findall(text)]
     extra: dict[str, Any] = {"flags": found} if found else {}
     if urls:
         extra["image_urls"] = urls
@@ -202,9 +210,11 @@ def parse_duration(text: str) -> float | None:
 def _webvid(source: WebVidSource) -> Iterator[Record]:
     by_url = source.videos is None
     needed = ("videoid", "name", "page_dir", *(("contentUrl",) if by_url else ()))
+    others = ("duration", "page_idx", "contentUrl")
+    remedy = f"of a table of your own, name the columns: --as folder {OWN_COLUMNS}"
     web = source.videos if source.videos is not None and scheme_of(source.videos) in ("http", "https") else None
     videoids = Seen()
-    for line in _csv_rows(source, needed):
+    for line in (line for file in table_files(source) for line in _csv_of(file, needed, ",", remedy, others)):
         if isinstance(line, Record):
             yield line
             continue
@@ -227,10 +237,20 @@ def _laion(source: LaionSource) -> Iterator[Record]:
     for file in table_files(source):
         columns = _parquet_columns(file)
         # Releases differ in case and in what they carry: columns are found by name, none but the URL is needed.
-        names = {column: SYNONYMS[column.lower()] for column in columns if column.lower() in SYNONYMS}
+        names = {
+            column: SYNONYMS[column.lower()]
+            for column, is_bytes in columns.items()
+            if SYNONYMS.get(column.lower()) in (TEXTS if is_bytes else SYNONYMS.values())
+        }
         if "url" not in names.values():
-            raise SourceError(f"{file.uri}: no column URL; it has {', '.join(columns)[:300]}")
+            raise SourceError(
+                f"{file.uri}: no column URL; its columns are {_listing(columns)}; "
+                f"of a table of your own, name the columns: --as folder {OWN_COLUMNS}"
+            )
         for line in _parquet_rows(file, list(names)):
+            if isinstance(line, Record):
+                yield line
+                continue
             # The text of a release that has both `caption` and `TEXT` is TEXT: last, so that it stays.
             given = {names[name]: value for name, value in sorted(line.items(), key=lambda item: item[0].lower())}
             url = str(given.pop("url") or "").strip()
@@ -245,16 +265,21 @@ def _laion(source: LaionSource) -> Iterator[Record]:
 
 def _journeydb(source: JourneyDBSource) -> Iterator[Record]:
     for file in table_files(source):
-        for text in _lines(file):
-            line = _json_object(text)
-            path, prompt = (str(line.get(name) or "") for name in ("img_path", "prompt")) if line else ("", "")
-            key = media_key(path)
-            if line is None or key is None:
-                yield _unparsable("not a JSON object" if line is None else "img_path does not end in a UUID")
+        for line in _json_rows(file):
+            if isinstance(line, Record):
+                yield line
                 continue
-            bare, extra = split_prompt(prompt)
+            key = media_key(str(line.get("img_path") or ""))
+            if key is None:
+                yield _unparsable("img_path does not end in a UUID")
+                continue
             task = line.get("Task2")
-            written = str(task.get("Caption") or "") if isinstance(task, dict) else ""
+            prompt, written = line.get("prompt"), task.get("Caption") if isinstance(task, dict) else None
+            if wrong := [_kind(value) for value in (prompt, written) if not isinstance(value, str | None)]:
+                yield _unparsable(f"a caption is no text but {wrong[0]}")
+                continue
+            prompt, written = prompt or "", written or ""
+            bare, extra = split_prompt(prompt)
             captions = _given({"prompt": bare, "caption": _clean(written), "raw_prompt": prompt})
             caption, chosen = _first_of(captions, (source.caption, "prompt", "caption"))
             style = line.get("Task1")
@@ -271,8 +296,12 @@ def _folder(source: FolderSource) -> Iterator[Record]:
         if isinstance(line, Record):
             yield line
             continue
-        file = str(line.pop(source.file_column, None) or "").strip()
-        caption = str(line.pop(source.caption_column, None) or "")
+        file = str(line.pop(source.file_column) or "").strip()
+        caption = line.pop(source.caption_column)
+        if not isinstance(caption, str | None):
+            yield _unparsable(f"the caption is no text but {_kind(caption)}")
+            continue
+        caption = caption or ""
         if not is_url(file) and not _is_below(file):
             yield _unparsable("file is empty, or no path below the folder")
             continue
@@ -328,7 +357,10 @@ def tar_record(
         line: Content of its .json, if it has one.
     """
     locator = f"{archive}/{shown(member)}"
-    captions, extra = _captions_beside(text, line)
+    try:
+        captions, extra = _captions_beside(text, line)
+    except SourceError as error:
+        return replace(_unparsable(str(error)), row=row, key=sample_key(archive, name), locator=locator)
     first = ("txt", "top_caption", "text") if isinstance(source, TarSource) else ("top_caption", "txt", "text")
     caption, chosen = _first_of(captions, first)
     # Their hash is of the file that was downloaded, which may have been encoded anew since.
@@ -343,9 +375,16 @@ def tar_record(
 
 
 def _captions_beside(text: bytes | None, line: bytes | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Captions, and all else, of a .txt and a .json beside a medium; names are ours where there is one."""
-    captions = {} if text is None else {"txt": _clean(text.decode("utf-8", "replace"))}
-    given = {} if line is None else _json_object(line.decode("utf-8", "replace")) or {}
+    """Captions, and all else, of a .txt and a .json beside a medium; names are ours where there is one.
+
+    Raises:
+        SourceError: If one of them is no UTF-8.
+    """
+    try:
+        captions = {} if text is None else {"txt": _clean(text.decode("utf-8-sig"))}
+        given = {} if line is None else _json_object(line.decode("utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        raise SourceError(f"the .txt or .json beside it is no UTF-8 (byte {error.start})") from None
     extra: dict[str, Any] = {}
     for name, value in given.items():
         extra.setdefault(SYNONYMS.get(name.lower(), name), value)
@@ -360,71 +399,154 @@ def _captions_beside(text: bytes | None, line: bytes | None) -> tuple[dict[str, 
 
 def _table_rows(source: FolderSource) -> Iterator[dict[str, Any] | Record]:
     needed = (source.file_column, source.caption_column)
+    remedy = f"name yours: {OWN_COLUMNS}"
     for file in table_files(source):
         name = file.name.lower().removesuffix(".gz")
         if name.endswith(".parquet"):
             columns = _parquet_columns(file)
-            _check_columns(file, needed, columns)
-            yield from _parquet_rows(file, columns)
+            laion = {"url", "text"} <= {column.lower() for column in columns}
+            hint = f"{remedy}; if it is one of LAION: --as laion-coco" if laion else remedy
+            names = _named(file, list(columns), needed, hint)
+            plain = [column for column, is_bytes in columns.items() if not is_bytes or names[column] in needed]
+            for line in _parquet_rows(file, plain):
+                yield line if isinstance(line, Record) else {names[column]: value for column, value in line.items()}
         elif name.endswith((".jsonl", ".json", ".ndjson")):
-            for text in _lines(file):
-                line = _json_object(text)
-                yield _unparsable("not a JSON object") if line is None else line
+            for line in _json_rows(file):
+                yield line if isinstance(line, Record) else _named_fields(source, line, needed, remedy)
         else:
-            yield from _csv_of(file, needed, "\t" if name.endswith(".tsv") else ",")
+            yield from _csv_of(file, needed, "\t" if name.endswith(".tsv") else ",", remedy)
 
 
-def _csv_rows(source: Source, needed: Sequence[str]) -> Iterator[dict[str, str] | Record]:
-    for file in table_files(source):
-        yield from _csv_of(file, needed, ",")
+def _named_fields(
+    source: FolderSource, line: dict[str, Any], needed: Sequence[str], remedy: str
+) -> dict[str, Any] | Record:
+    """One JSON object by the names that are needed: each line may have fields of its own."""
+    names, problem = _found(list(line), needed)
+    line = {names[name]: value for name, value in line.items()}
+    if not problem:
+        return line
+    detail = f"{problem}; its fields are {_listing(names)}; {remedy}"
+    if problem == f"no column {source.caption_column}":
+        file = str(line[source.file_column] or "")
+        return Record(0, _file_key(source, file), file, reason=RejectReason.NO_CAPTION, detail=detail)
+    return _unparsable(detail)
 
 
-def _csv_of(file: RawFile, needed: Sequence[str], delimiter: str) -> Iterator[dict[str, str] | Record]:
+def _found(columns: Sequence[str], needed: Sequence[str], others: Sequence[str] = ()) -> tuple[dict[str, str], str]:
+    """What each column is called here, and what is wrong with the `needed` ones. Of those that differ in case alone
+    the exact one is meant."""
+    names, problems = {column: column for column in columns}, []
+    for name in (*needed, *others):
+        alike = [column for column in columns if column == name]
+        alike = alike or [column for column in columns if column.lower() == name.lower()]
+        if len(alike) == 1:
+            names[alike[0]] = name
+        elif name in needed:
+            problems.append(f"{len(alike)} columns {name}" if alike else f"no column {name}")
+    return names, " and ".join(problems)
+
+
+def _named(
+    file: RawFile, columns: Sequence[str], needed: Sequence[str], remedy: str, others: Sequence[str] = ()
+) -> dict[str, str]:
+    names, problem = _found(columns, needed, others)
+    if problem:
+        are = "its first line is" if file.name.lower().removesuffix(".gz").endswith(".csv") else "its columns are"
+        raise SourceError(f"{file.uri}: {problem}; {are} {_listing(columns)}; {remedy}")
+    return names
+
+
+def _listing(columns: Iterable[str]) -> str:
+    """Names of columns as a terminal can show them."""
+    text = ",".join(columns)[:200]
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _csv_of(
+    file: RawFile, needed: Sequence[str], delimiter: str, remedy: str, others: Sequence[str] = ()
+) -> Iterator[dict[str, str] | Record]:
+    """Rows of a CSV, or what is wrong with them. Of several lines that are no row together, as those after a quote
+    that is never closed, the first is left out, and the others are read by themselves."""
     csv.field_size_limit(min(sys.maxsize, LONGEST_FIELD))
-    with open_text(file.uri, newline="") as lines:
-        rows = csv.reader(lines, delimiter=delimiter)
+    with open_text(file.uri, newline="") as text:
+        text.reconfigure(errors="surrogateescape")
+        lines = _Lines(text)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            columns = [name.strip() for name in next(rows, [])]
-            _check_columns(file, needed, columns)
+            if not (columns := [name.strip() for name in next(filter(None, rows), [])]):
+                raise SourceError(f"{file.uri}: the table is empty")
+            columns = list(map(_named(file, columns, needed, remedy, others).__getitem__, columns))
             while True:
+                lines.taken.clear()
                 try:
-                    values = next(rows)
-                except StopIteration:
-                    return
+                    if (values := next(rows, None)) is None:
+                        return
+                    problem = f"{len(values)} fields, expected {len(columns)}" if len(values) != len(columns) else ""
                 except csv.Error as error:
-                    yield _unparsable(str(error))
-                    continue
+                    values, problem = [""], str(error)
                 if not values:  # an empty line is no row
                     continue
-                if len(values) != len(columns):
-                    yield _unparsable(f"{len(values)} fields, expected {len(columns)}")
-                    continue
-                yield dict(zip(columns, values, strict=True))
+                line = dict(zip(columns, values, strict=False))
+                if problem and (more := len(lines.taken) - 1) > 0:
+                    lines.give_back()
+                    problem += f": its quote is not closed where the line ends; the {more} lines after it are read anew"
+                yield _unparsable(problem) if problem else _in_utf8(line)
         except (EOFError, OSError, zlib.error, csv.Error) as error:
             raise SourceError(f"{file.uri}: not a readable table ({error})") from None
 
 
-def _check_columns(file: RawFile, needed: Sequence[str], columns: Sequence[str]) -> None:
-    if missing := [name for name in needed if name not in columns]:
-        raise SourceError(f"{file.uri}: no column {' and '.join(missing)}; the first line is {','.join(columns)[:200]}")
+class _Lines:
+    """Lines of a file, of which those taken for one row can be read again."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._again = iter(lines), deque[str]()
+        self.taken: list[str] = []
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        self.taken.append(line)
+        return line
+
+    def give_back(self) -> None:
+        """All that were taken but the first."""
+        self._again.extendleft(reversed(self.taken[1:]))
 
 
-def _parquet_columns(file: RawFile) -> list[str]:
-    """Names of the columns that hold one plain value a row."""
+def _in_utf8(line: dict[str, Any]) -> dict[str, Any] | Record:
+    for name, value in line.items():
+        if isinstance(value, str) and not value.isascii() and NO_UTF8.search(value):
+            return _unparsable(f"column {_listing([name])} is no UTF-8")
+    return line
+
+
+def _parquet_columns(file: RawFile) -> dict[str, bool]:
+    """Columns that hold one value a row, and whether it is bytes, which may be text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if file.size == 0:
+        raise SourceError(f"{file.uri}: the table is empty")
     try:
         with open_file(file.uri) as opened:
             schema = pq.read_schema(opened)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{file.uri}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
-    return [
-        column.name for column in schema if not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type)
-    ]
+    names = [column.name for column in schema]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SourceError(f"{file.uri}: several columns {_listing(twice)}; each needs a name of its own")
+    bare = {column.name: getattr(column.type, "value_type", column.type) for column in schema}  # of a dictionary
+    of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return {
+        column.name: any(is_one(bare[column.name]) for is_one in of_bytes)
+        for column in schema
+        if not pa.types.is_nested(column.type)
+    }
 
 
-def _parquet_rows(file: RawFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: RawFile, columns: list[str]) -> Iterator[dict[str, Any] | Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -432,9 +554,37 @@ def _parquet_rows(file: RawFile, columns: list[str]) -> Iterator[dict[str, Any]]
         # Row groups may be large: pages are read as they are needed.
         with open_file(file.uri) as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=2**20) as table:
             for batch in table.iter_batches(batch_size=4096, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
+                values = [_values(column) for column in batch.columns]
+                for row in zip(*values, strict=True):
+                    yield _in_utf8(dict(zip(batch.schema.names, row, strict=True)))
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{file.uri}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _values(column: Any) -> list[Any]:
+    """Values of an Arrow array, bytes as text."""
+    import pyarrow as pa
+
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not check what a writer calls text
+        values = column.cast(pa.large_binary()).to_pylist()
+    return [value.decode(errors="surrogateescape") if isinstance(value, bytes) else value for value in values]
+
+
+def _json_rows(file: RawFile) -> Iterator[dict[str, Any] | Record]:
+    """Rows of a JSON-lines file, or what is wrong with them."""
+    lines = _lines(file)
+    first = next(lines, "")
+    ahead = [first, *islice(lines, 1)]
+    if first.lstrip().startswith("[") and (len(ahead) == 1 or (ARRAY.match(first) and not _is_json(first))):
+        raise SourceError(f"{file.uri}: JSON lines expected, this is an array; write one object a line")
+    for text in chain(filter(None, ahead), lines):
+        if not text.isascii() and NO_UTF8.search(text):
+            yield _unparsable("the line is no UTF-8")
+        else:
+            line = _json_object(text)
+            yield _unparsable("not a JSON object") if line is None else line
 
 
 def _lines(file: RawFile) -> Iterator[str]:
@@ -444,6 +594,7 @@ def _lines(file: RawFile) -> Iterator[str]:
         return
     try:
         with open_text(file.uri) as lines:
+            lines.reconfigure(errors="surrogateescape")
             yield from (line for line in lines if line.strip())
     except (EOFError, OSError, zlib.error) as error:
         raise SourceError(f"{file.uri}: not a readable table ({error})") from None
@@ -456,7 +607,7 @@ def _lines_of_tar(file: RawFile) -> Iterator[str]:
             for member in tar:
                 if member.isfile() and (content := tar.extractfile(member)) is not None:
                     members += 1
-                    yield from (line.decode("utf-8", "replace") for line in content if line.strip())
+                    yield from (line.decode(errors="surrogateescape") for line in content if line.strip())
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SourceError(f"{file.uri}: not a readable archive ({error})") from None
     if members == 0:
@@ -473,7 +624,19 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 # ---- values ----
+
+
+def _kind(value: Any) -> str:
+    return {bool: "true or false", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
 
 
 def _unparsable(detail: str) -> Record:
