@@ -1,6 +1,7 @@
 """Errors a person can act on: what was found, what was expected, what to do.
 
-The command line and the flows print a `Vc2Error` as one line; anything else is a defect and keeps its traceback.
+The command line and the flows print a `Vc2Error` as one line, the command line an `OSError` too; anything else is a
+defect and keeps its traceback.
 """
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ShardCorrupted",
     "SourceError",
     "StoreError",
+    "Unaccounted",
     "Vc2Error",
     "WeightsError",
     "YieldTooLow",
@@ -31,6 +33,10 @@ class SourceError(Vc2Error):
 
 class YieldTooLow(SourceError):
     """Too few rows of a source became samples."""
+
+
+class Unaccounted(Vc2Error):
+    """Accounts that do not add up: rows of a source without a fate, or with two."""
 
 
 class StoreError(Vc2Error):

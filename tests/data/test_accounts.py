@@ -76,7 +76,7 @@ def _slot(line: dict[str, Any], fates: list[str]) -> dict[str, Any]:
     return slot | {"phash": [line["seed"]] * 3, "length": 5}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_a_whole_run_over_faulty_rows_adds_up(seed: int, media: Any, ray_address: str, tmp_path: Path) -> None:
     """Rows with random faults through fetch, plan and build: every fault is told by its name, nothing is lost."""
     chance, folder, lines, expected = random.Random(seed), tmp_path / "mine", [], Counter[str]()

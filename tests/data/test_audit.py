@@ -11,7 +11,8 @@ from vc2.artifacts import ShardSet, load_manifest, verify
 from vc2.data.audit import check_samples, explain, shard_table
 from vc2.data.config import FolderSource, SampleForm, ShardStage
 from vc2.data.foreign import adopt
-from vc2.errors import StoreError
+from vc2.data.sheet import contact_sheet
+from vc2.errors import ShardCorrupted, StoreError
 from vc2.storage import LocalStore
 
 
@@ -66,6 +67,23 @@ def test_lost_and_shortened_shards_are_told(make_set: Any, tmp_path: Path) -> No
     wrong = list(check_samples(store, manifest))
     assert [line[:16] for line in wrong] == ["shard-000000.tar", "shard-000002.tar"]
     assert "is gone" in wrong[0] and "shorter" in wrong[1]
+
+
+def test_a_damaged_index_is_said_in_a_line(make_set: Any, tmp_path: Path) -> None:
+    """Cut short, overwritten or of another shape: no error of Arrow's reaches the reader."""
+    store = LocalStore(tmp_path / "store")
+    manifest = load_manifest(store, make_set(store, "va", 8).prefix)
+    path = Path(store.uri) / manifest.file("index.parquet").key
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.chmod(0o644)
+    for damaged in (b"", whole[:middle], b"\0" * len(whole), whole[: middle - 99] + bytes(200) + whole[middle + 101 :]):
+        path.write_bytes(damaged)
+        for look in (shard_table, lambda *place: explain(*place, "va1"), contact_sheet):
+            with pytest.raises(ShardCorrupted, match="its bytes are no table") as caught:
+                look(store, manifest)
+            assert "\n" not in str(caught.value)
+        assert ["index.parquet: " in line for line in check_samples(store, manifest)] == [True]
 
 
 def test_a_sample_is_explained(store: LocalStore, shards: ShardSet) -> None:

@@ -1,5 +1,6 @@
 """A set becomes the next one: grown, retried, with samples removed; nothing that was built is built again."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -12,7 +13,7 @@ import pytest
 
 from vc2.artifacts import Manifest, ShardSet, load_manifest, verify
 from vc2.data.config import FolderSource, JourneyDBSource, ShardStage, TarSource
-from vc2.errors import ConfigError
+from vc2.errors import ConfigError, YieldTooLow
 from vc2.pipeline.shard import ShardRequest, make_shards
 from vc2.storage import LocalStore
 
@@ -131,7 +132,8 @@ def test_rejects_are_tried_again_by_reason(workshop: Workshop) -> None:
     workshop.paint("late.jpg", 50)
     assert workshop.make(retry=TIMES)[1].counts["samples"] == 9
     assert load_manifest(workshop.store, again.prefix) == still
-    assert workshop.make()[1] == before
+    assert workshop.make()[1].counts["samples"] == 9
+    assert workshop.make(fresh=True)[1] == before
 
 
 def test_a_removal_list_makes_a_set_without_those_samples(workshop: Workshop) -> None:
@@ -223,3 +225,58 @@ def test_a_row_finds_its_picture_in_a_later_archive(workshop: Workshop, tmp_path
     _, after = workshop.make(workshop.stage(source))
     assert (after.counts["rows"], after.counts["samples"], after.counts["media_unmatched"]) == (5, 5, 0)
     assert tars_of(after)[:1] == tars_of(before) and after.facts["reasons"] == {}
+
+
+def test_what_was_removed_stays_away(workshop: Workshop) -> None:
+    """The same bytes under another name, a reject on the list that now works, rows that came before the removal: what
+    is on the list is rejected, what is not comes in; and the newest set is the one that is found."""
+    workshop.make()
+    workshop.paint("p8.jpg", 8)
+    rows = {f"p{n}.jpg": f"picture {n}" for n in range(9)} | {"late.jpg": "a late one", "x.jpg": "x"}
+    workshop.write(rows)
+    listed = workshop.root / "out.txt"
+    listed.write_text(f"{hashlib.sha256((workshop.folder / 'p3.jpg').read_bytes()).hexdigest()}\nlate.jpg\n")
+    workshop.make(remove=str(listed))
+    _, grown = workshop.make()
+    assert {row["key"] for row in workshop.rows(grown, "index")} == {f"p{n}" for n in range(9)} - {"p3"}
+    workshop.paint("late.jpg", 50)
+    _, again = workshop.make(retry=TIMES)
+    assert again.facts["reasons"] == {"caption_too_short": 1, "removed": 2}
+    (workshop.folder / "copy.jpg").write_bytes((workshop.folder / "p3.jpg").read_bytes())
+    workshop.write(rows | {"copy.jpg": "another name"})
+    _, last = workshop.make()
+    assert last.facts["reasons"]["removed"] == 3 and last.counts["samples"] == 8
+    assert workshop.make()[1] == last
+    _, anew = workshop.make(fresh=True)
+    assert anew.facts["reasons"]["removed"] == 3 and len(anew.facts["generations"]) == 1
+    with pytest.raises(ConfigError, match="none of the 1 lines"):
+        (workshop.root / "none.txt").write_text("never-heard-of")
+        workshop.make(remove=str(workshop.root / "none.txt"))
+
+
+def test_a_retry_of_tars_keeps_rows_and_numbers(workshop: Workshop, tmp_path: Path, media: Any) -> None:
+    """Also under a limit: rows that are tried again keep their numbers, none is lost; a replaced tar is no growth."""
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    members: dict[str, bytes] = {}
+    for item in range(6):
+        members |= {f"{item}.jpg": media.jpeg(item), f"{item}.txt": b"a caption of a picture"}
+    members["2.jpg"] = members["2.jpg"][:-30]
+    tar_of(tars / "a.tar", members)
+    source = TarSource(name="mine", media="image", archives=str(tars))
+    _, before = workshop.make(workshop.stage(source, limit=5))
+    (reason,) = before.facts["reasons"]
+    _, after = workshop.make(workshop.stage(source, limit=5), retry=(reason,))
+    assert (after.counts["rows"], after.facts["reasons"]) == (5, before.facts["reasons"])
+    assert [row["row"] for row in workshop.rows(after, "rejects")] == [2]
+    tar_of(tars / "a.tar", members | {"more.txt": b"." * 30_000})
+    _, other = workshop.make(workshop.stage(source, limit=5))
+    assert "from scratch" in workshop.notes[-1] and len(other.facts["generations"]) == 1
+
+
+def test_a_mended_path_starts_anew(workshop: Workshop) -> None:
+    """What a wrong path brought is forgotten with it."""
+    wrong = workshop.source().evolve(folder=str(workshop.root), min_yield=0.5)
+    with pytest.raises(YieldTooLow, match="missing_file"):
+        workshop.make(workshop.stage(wrong))
+    assert workshop.make(workshop.stage(workshop.source().evolve(min_yield=0.5)))[1].counts["samples"] == 8

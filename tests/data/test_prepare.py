@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vc2.artifacts import Manifest, ShardSet, load_manifest, verify
+from vc2.artifacts import Manifest, ShardSet, load_manifest, shard_set_prefix, verify
+from vc2.data.build import write_verdict
 from vc2.data.config import FolderSource, ShardStage, WebVidSource, ledger_prefix, shard_fingerprint, source_digest
 from vc2.data.fetch import workplace
-from vc2.data.ledger import write_verdict
 from vc2.data.prepare import prepare
 from vc2.data.rejects import RejectReason
 from vc2.data.shards import read_frames
@@ -196,7 +196,9 @@ def test_clips_of_one_video_share_its_fate_or_are_counted_apart(
     store = LocalStore(tmp_path / "store")
     victim = Path(source.videos or "") / "000001_000050" / "1009.mp4"
     sha256 = hashlib.sha256(victim.read_bytes()).hexdigest()
-    write_verdict(store, ledger_prefix(config), sha256, RejectReason.DECODE_TIMEOUT, "too slow")
+    write_verdict(
+        store, shard_set_prefix("webvid", fingerprint_of(config)), sha256, RejectReason.DECODE_TIMEOUT, "too slow"
+    )
     _, shards, manifest = made(config, tmp_path)
     counts = manifest.counts
     assert (counts["samples"], counts["clips_rejected"]) == (18, 0)

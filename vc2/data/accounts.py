@@ -10,7 +10,7 @@ index says of which.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vc2.data.generations import hashes_of
 from vc2.data.near import near_duplicates
 from vc2.data.rejects import RejectReason
 from vc2.data.shards import SLOTS
-from vc2.errors import YieldTooLow
+from vc2.errors import Unaccounted, YieldTooLow
 
 __all__ = ["REJECTS", "IndexWriter", "counts_of", "reject_lines", "require_yield"]
 
@@ -71,7 +71,10 @@ class IndexWriter:
         empty = pc.is_valid(slots["reason"])  # type: ignore[attr-defined]
         columns = ["row", "clip", "source_key", "locator", "reason", "detail"]
         self.failed += slots.select(columns).filter(empty).to_pylist()
-        slots = slots.filter(pc.invert(empty)).combine_chunks()  # type: ignore[attr-defined]
+        for batch in slots.filter(pc.invert(empty)).to_batches():  # type: ignore[attr-defined]
+            self._add(pa.Table.from_batches([batch]))
+
+    def _add(self, slots: pa.Table) -> None:
         if not slots.num_rows:
             return
         self.samples += slots.num_rows
@@ -149,7 +152,7 @@ def counts_of(rows: int, index: IndexWriter, rejects: pa.Table) -> dict[str, int
     """The accounts of a set.
 
     Raises:
-        AssertionError: If a row has no fate, or two: a defect of this package.
+        Unaccounted: If a row has no fate, or two.
     """
     what = Counter(rejects["what"].to_pylist())
     counts = {
@@ -164,18 +167,18 @@ def counts_of(rows: int, index: IndexWriter, rejects: pa.Table) -> dict[str, int
         "media_bytes": index.bytes,
     }
     if rows != counts["rows_with_samples"] + counts["rows_rejected"] + counts["rows_duplicate"]:
-        raise AssertionError(f"a row without a fate, or with two: {counts}")
+        raise Unaccounted(f"rows do not add up, nothing was committed: {counts}; please report this")
     return counts
 
 
-def require_yield(config: ShardStage, good: int, rows: int, rejects: Iterable[dict[str, Any]], where: str) -> None:
+def require_yield(config: ShardStage, good: int, rows: int, rejects: pa.Table, where: str) -> None:
     """Refuse a source of which too little is left.
 
     Args:
         config: The stage.
         good: Rows with samples.
         rows: Rows but for exact duplicates.
-        rejects: Rejected rows: row, key, locator, reason, detail.
+        rejects: Rejected rows: columns row, key, locator, reason, detail.
         where: Which rows are meant, for the message.
 
     Raises:
@@ -184,13 +187,12 @@ def require_yield(config: ShardStage, good: int, rows: int, rejects: Iterable[di
     source = config.source
     if good > 0 and good >= source.min_yield * rows:
         return
-    rejects = list(rejects)
-    reasons = Counter(line["reason"] for line in rejects)
+    reasons = Counter(rejects["reason"].to_pylist())
     top = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
     shown = ""
-    if rejects:
+    if reasons:
         worst = reasons.most_common(1)[0][0]
-        example = next(line for line in rejects if line["reason"] == worst)
+        example = rejects.filter(pc.equal(rejects["reason"], worst)).slice(0, 1).to_pylist()[0]  # type: ignore[attr-defined]
         said = ": ".join(part for part in (example["reason"], example["detail"]) if part)
         shown = f"; for example row {example['row']} ({example['locator'] or example['key'] or 'no key'}) {said}"
     share = 100 * good / rows if rows else 0

@@ -10,9 +10,11 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -25,11 +27,31 @@ from vc2.data.shards import shard_name
 from vc2.errors import ShardCorrupted, StoreError
 from vc2.storage import Store, join_uri
 
-__all__ = ["check_samples", "explain", "shard_table"]
+__all__ = ["check_samples", "explain", "shard_table", "stored_table"]
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 8 * 2**20
 PLACES = ("shard", "key", "ending", "json_offset", "json_length", "json_sha256", "offset", "length", "media_sha256")
+
+
+@contextmanager
+def stored_table(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of a set, by its key or absolute URI, to be read within the block.
+
+    Raises:
+        ShardCorrupted: If its bytes are no such table.
+    """
+    try:
+        with open_file(_place(store, key)) as file:
+            yield pq.ParquetFile(file)
+    except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:  # damage has many voices
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        words = (str(error).splitlines() or ["no reason is given"])[0]
+        raise ShardCorrupted(
+            f"{key.rpartition('/')[2]}: its bytes are no table that can be read ({words[:120]}); bring back {key} "
+            "from a copy, or make the set once more (vc2 shard ... --force)"
+        ) from None
 
 
 # ---- damage ----
@@ -44,12 +66,16 @@ def check_samples(store: Store, manifest: Manifest, names: Collection[str] | Non
         names: Only these tars, such as those whose sha256 is not that of the manifest; default: all.
     """
     tars = {entry.name: entry for entry in manifest.files if entry.name.endswith(".tar")}
-    for number, rows in _by_shard(store, manifest):
-        entry = tars.pop(shard_name(number), None)
-        if entry is None:
-            yield f"index.parquet: names {shard_name(number)}, which the manifest does not have"
-        elif names is None or entry.name in names:
-            yield from _check_tar(store, entry, rows)
+    try:
+        for number, rows in _by_shard(store, manifest):
+            entry = tars.pop(shard_name(number), None)
+            if entry is None:
+                yield f"index.parquet: names {shard_name(number)}, which the manifest does not have"
+            elif names is None or entry.name in names:
+                yield from _check_tar(store, entry, rows)
+    except ShardCorrupted as error:  # without the index nothing is known of samples
+        yield str(error)
+        return
     for entry in tars.values():  # without a sample
         if names is None or entry.name in names:
             yield from _check_tar(store, entry, [])
@@ -58,8 +84,8 @@ def check_samples(store: Store, manifest: Manifest, names: Collection[str] | Non
 def _by_shard(store: Store, manifest: Manifest) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Rows of the index, shard by shard."""
     waiting: list[dict[str, Any]] = []
-    with open_file(_place(store, manifest.file("index.parquet"))) as index:
-        for batch in pq.ParquetFile(index).iter_batches(4096, columns=list(PLACES), use_threads=False):
+    with stored_table(store, manifest.file("index.parquet").key) as index:
+        for batch in index.iter_batches(4096, columns=list(PLACES), use_threads=False):
             for row in batch.to_pylist():
                 if waiting and row["shard"] != waiting[0]["shard"]:
                     yield waiting[0]["shard"], waiting
@@ -120,8 +146,8 @@ def shard_table(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
     """A line for each tar: `shard` (number), `generation`, `samples`, `rejected` (None where it is not known: the plan
     is gone), `bytes`, and `tar` (its key in the store, or its URI)."""
     samples = Counter[int]()
-    with open_file(_place(store, manifest.file("index.parquet"))) as index:
-        for batch in pq.ParquetFile(index).iter_batches(columns=["shard"], use_threads=False):
+    with stored_table(store, manifest.file("index.parquet").key) as index:
+        for batch in index.iter_batches(columns=["shard"], use_threads=False):
             samples.update(batch["shard"].to_pylist())
     generations = [range(said["first_shard"], said["next_shard"]) for said in manifest.facts.get("generations", [])]
     slots = _slots_of_shards(store, manifest, samples)
@@ -140,8 +166,8 @@ def shard_table(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
 def _slots_of_shards(store: Store, manifest: Manifest, samples: Mapping[int, int]) -> dict[int, int]:
     """Samples and rejects of each shard: one row group of a plan is one shard; rejects of foreign tars name theirs."""
     if manifest.stage == FOREIGN:
-        with open_file(_place(store, manifest.file("rejects.parquet"))) as file:
-            rejects = pq.read_table(file, columns=["locator"], use_threads=False)["locator"].to_pylist()
+        with stored_table(store, manifest.file("rejects.parquet").key) as table:
+            rejects = table.read(columns=["locator"], use_threads=False)["locator"].to_pylist()
         lost = Counter(f"{(locator or '').partition('.tar/')[0]}.tar" for locator in rejects)
         tars = [entry.key for entry in manifest.files if entry.name.endswith(".tar")]
         return {number: samples.get(number, 0) + lost[key] for number, key in enumerate(tars)}
@@ -150,8 +176,8 @@ def _slots_of_shards(store: Store, manifest: Manifest, samples: Mapping[int, int
         plan = f"{shard_set_prefix(manifest.facts['source'], generation['fingerprint'])}/plan.parquet"
         if store.entry(plan) is None:
             continue
-        with open_file(join_uri(store.uri, plan)) as file:
-            groups = pq.ParquetFile(file).metadata
+        with stored_table(store, plan) as table:
+            groups = table.metadata
             for group in range(groups.num_row_groups):
                 slots[generation["first_shard"] + group] = groups.row_group(group).num_rows
     return slots
@@ -182,8 +208,8 @@ def explain(store: Store, manifest: Manifest, key: str) -> dict[str, Any]:
     samples = _lines(store, manifest, "index.parquet", "source_key", key)
     rejects = _lines(store, manifest, "rejects.parquet", "key", key)
     if not samples and not rejects:
-        with open_file(_place(store, manifest.file("index.parquet"))) as index:
-            batches = pq.ParquetFile(index).iter_batches(1, columns=["key"], use_threads=False)
+        with stored_table(store, manifest.file("index.parquet").key) as index:
+            batches = index.iter_batches(1, columns=["key"], use_threads=False)
             example = next((repr(batch["key"][0].as_py()) for batch in batches if batch.num_rows), "none, it is empty")
         raise StoreError(f"no sample and no row {key!r} in this set; its keys look like {example} (see index.parquet)")
     return {"key": key, "samples": [line["key"] for line in samples], "rejects": rejects}
@@ -195,7 +221,7 @@ def _explained(store: Store, manifest: Manifest, row: dict[str, Any]) -> dict[st
         "key": row["key"],
         "source": {"name": manifest.facts.get("source")}
         | {name: row[name] for name in ("source_key", "row", "locator")},
-        "tar": {"name": tar.name, "uri": _place(store, tar), "size": tar.size, "sha256": tar.sha256},
+        "tar": {"name": tar.name, "uri": _place(store, tar.key), "size": tar.size, "sha256": tar.sha256},
         "index": row,
     }
     generation = _generation(manifest, row["generation"])
@@ -217,8 +243,7 @@ def _explained(store: Store, manifest: Manifest, row: dict[str, Any]) -> dict[st
 def _lines(store: Store, manifest: Manifest, name: str, column: str, value: str) -> list[dict[str, Any]]:
     """Lines of a table whose column has a value; a row group in memory at a time."""
     found: list[dict[str, Any]] = []
-    with open_file(_place(store, manifest.file(name))) as file:
-        table = pq.ParquetFile(file)
+    with stored_table(store, manifest.file(name).key) as table:
         for group in range(table.num_row_groups):
             keys = table.read_row_group(group, columns=[column], use_threads=False)[column]
             places = pc.indices_nonzero(pc.fill_null(pc.equal(keys, value), False))  # type: ignore[attr-defined]
@@ -241,8 +266,7 @@ def _slot(
     key = f"{shard_set_prefix(manifest.facts['source'], generation['fingerprint'])}/plan.parquet"
     if store.entry(key) is None:
         return None
-    with open_file(join_uri(store.uri, key)) as file:
-        plan = pq.ParquetFile(file)
+    with stored_table(store, key) as plan:
         group = row["shard"] - generation["first_shard"]
         slots = plan.read_row_group(group, use_threads=False).to_pylist() if group < plan.num_row_groups else []
     return next((s for s in slots if (s["key"], s["clip"]) == (row["source_key"], row["clip"])), None)
@@ -263,5 +287,5 @@ def _ledger_line(store: Store, prefix: str, manifest: Manifest, row: Mapping[str
     return None
 
 
-def _place(store: Store, entry: FileEntry) -> str:
-    return entry.key if is_absolute(entry.key) else join_uri(store.uri, entry.key)
+def _place(store: Store, key: str) -> str:
+    return key if is_absolute(key) else join_uri(store.uri, key)

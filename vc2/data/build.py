@@ -5,35 +5,45 @@
 
 A shard is finished when its lines are there; their name tells of which plan, so a listing is enough to see what is
 left to do. What a shard holds depends on plan and ledger alone. A file that misses its deadline or kills the decoder is
-entered in the ledger before the shard is committed, so that it is missing from every later build too.
+entered among the verdicts of the set before the shard is committed, so that it is missing from every other shard too.
 """
 
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import TypeAdapter
 
 from vc2.artifacts import FileEntry, put_object
-from vc2.data import ledger as ledgers
-from vc2.data.config import ShardStage
+from vc2.data.config import ShardStage, Source, archive_uris
 from vc2.data.decode import ClipJob, Decoder, Encoded, MediaError, shared_decoder
 from vc2.data.fetch import raw_bytes, workplace
 from vc2.data.filters import clip_unfit
 from vc2.data.ledger import parquet_bytes, read_part
 from vc2.data.places import read_span
-from vc2.data.plan import read_slots, stored_parquet
+from vc2.data.plan import read_slots, stored_parquet, url_of
 from vc2.data.rejects import RejectReason
 from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
+from vc2.errors import ShardCorrupted, SourceError
 from vc2.storage import Store, file_digest, open_store
 
-__all__ = ["build_shard", "finished_shards", "read_shard", "sample_of", "strip_shard"]
+__all__ = [
+    "build_shard",
+    "finished_shards",
+    "read_shard",
+    "read_verdicts",
+    "sample_of",
+    "strip_shard",
+    "write_verdict",
+]
 
 
 def part_key(prefix: str, shard: int, plan_sha256: str) -> str:
@@ -68,9 +78,11 @@ def build_shard(item: Mapping[str, Any]) -> dict[str, Any]:
     """
     started = time.monotonic()
     config, store = ShardStage.model_validate_json(item["config"]), open_store(item["store"])
+    if store.entry(part_key(item["prefix"], item["shard"], item["plan_sha256"])) is not None:
+        return {"samples": 0, "reasons": {}, "bytes": 0, "seconds": 0.0}  # by another driver, meanwhile
     decoder = shared_decoder(config.decode_seconds, config.fetch.max_pixels)
     slots = read_slots(store, f"{item['prefix']}/plan.parquet", item["plan_sha256"], item["group"])
-    spoiled = ledgers.read_verdicts(store, item["ledger"])
+    spoiled = read_verdicts(store, item["prefix"], {slot["sha256"] for slot in slots})
     lines: list[dict[str, Any]] = []
 
     def samples() -> Iterator[ShardSample]:
@@ -79,7 +91,7 @@ def build_shard(item: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(result.made, MediaError):
                 reason, detail = result.made.reason, result.made.detail
                 if reason in (RejectReason.DECODE_TIMEOUT, RejectReason.DECODER_CRASHED):
-                    ledgers.write_verdict(store, item["ledger"], result.slot["sha256"], reason, detail)
+                    write_verdict(store, item["prefix"], result.slot["sha256"], reason, detail)
                 lines.append(line | {"reason": str(reason), "detail": detail})
                 continue
             made = result.made
@@ -103,10 +115,25 @@ def _write_lines(store: Store, item: Mapping[str, Any], lines: list[dict[str, An
     empty = {name: None for name in SLOTS.names}
     table = pa.Table.from_pylist([empty | line for line in lines], SLOTS)
     said = json.dumps(tar.model_dump(mode="json"), sort_keys=True)
-    store.write(
-        part_key(item["prefix"], item["shard"], item["plan_sha256"]),
-        parquet_bytes(table.replace_schema_metadata({"tar": said})),
-    )
+    key = part_key(item["prefix"], item["shard"], item["plan_sha256"])
+    store.write_if_absent(key, parquet_bytes(table.replace_schema_metadata({"tar": said})))
+
+
+def write_verdict(store: Store, prefix: str, sha256: str, reason: RejectReason, detail: str) -> None:
+    """Fix that a file is rejected from a set, before the shard that lacks it is committed."""
+    said = json.dumps({"reason": str(reason), "detail": detail}).encode()
+    store.write_if_absent(f"{prefix}/verdicts/{sha256}.json", said)
+
+
+def read_verdicts(store: Store, prefix: str, sha256: Collection[str]) -> dict[str, tuple[RejectReason, str]]:
+    """Verdicts on some files, by their sha256."""
+    found = {}
+    for entry in store.list(f"{prefix}/verdicts/"):
+        name = entry.key.rpartition("/")[2].removesuffix(".json")
+        if name in sha256:
+            said = json.loads(store.read(entry.key))
+            found[name] = RejectReason(said["reason"]), said["detail"]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +181,32 @@ def sample_of(slot: Mapping[str, Any], config: ShardStage, store: Store, decoder
 def _media(slot: Mapping[str, Any], config: ShardStage, store: Store) -> Path | bytes:
     """Where the bytes of a slot's source are, or they themselves."""
     blob = slot["blob"]
-    if blob is None:
-        return raw_bytes(config.source, slot["locator"])
-    if "/" in blob:  # a tar of its own
-        return read_span(blob, slot["offset"], slot["size"])
-    return store.read_range(f"{slot['ledger']}/{blob}", slot["offset"], slot["size"])
+    try:
+        if blob is None:
+            return raw_bytes(config.source, slot["locator"])
+        if "/" in blob:  # a tar of its own
+            return read_span(_archive(config.source, blob), slot["offset"], slot["size"])
+        return store.read_range(f"{slot['ledger']}/{blob}", slot["offset"], slot["size"])
+    except (KeyError, SourceError, ShardCorrupted) as error:
+        raise MediaError(RejectReason.CHANGED, str(error)[:200]) from None
+
+
+def _archive(source: Source, uri: str) -> str:
+    """Where an archive is now: it may have been moved since it was read."""
+    known = _archives(source.model_dump_json())
+    return uri if uri in known.values() else known.get(uri.rpartition("/")[2], uri)
+
+
+@lru_cache(maxsize=4)
+def _archives(source: str) -> dict[str, str]:
+    return {uri.rpartition("/")[2]: uri for uri in archive_uris(TypeAdapter(Source).validate_json(source))}
 
 
 def _line(slot: Mapping[str, Any], config: ShardStage, item: Mapping[str, Any]) -> dict[str, Any]:
     form = config.form
     key = slot["key"] if form.clips_per_video == 1 else f"{slot['key']}_{slot['clip']:02d}"
     same = {name: slot[name] for name in ("shard", "slot", "row", "clip", "locator", "caption", "fps", "sha256")}
-    size = {"num_frames": form.num_frames, "width": form.width, "height": form.height}
+    size = {"num_frames": form.num_frames, "width": form.width, "height": form.height, "url": url_of(slot)}
     return same | size | {"key": key, "source_key": slot["key"], "generation": item["generation"]}
 
 

@@ -4,6 +4,7 @@ Paths are knobs: what stands in a source's tables is part of the fingerprint by 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from vc2.artifacts import fingerprint
 from vc2.config import Config, digest, knob
 from vc2.data.places import RawFile, digest_of, find_files, find_tree, local_path, scheme_of, shown
 from vc2.errors import SourceError
+from vc2.storage import Store
 
 __all__ = [
     "STAGE",
@@ -31,10 +33,12 @@ __all__ = [
     "TarSource",
     "WebVidSource",
     "archive_files",
+    "archive_marks",
     "archive_stem",
     "archive_uris",
     "folder_files",
     "ledger_prefix",
+    "removal_lists",
     "shard_fingerprint",
     "source_digest",
     "table_files",
@@ -176,17 +180,18 @@ class FetchConfig(Config):
     )
     opt_out: bool = Field(
         True,
-        description="leave out media whose answer says noai, noimageai, noindex, noimageindex or tdm-reservation: 1",
+        description="leave out media whose answer says noai, noimageai, noindex, noimageindex, none or "
+        "tdm-reservation: 1",
     )
     probe_seconds: float = Field(default=30, gt=0, description="deadline for one file")
     part_rows: int = Field(default=1000, ge=1, description="rows of a ledger part, the unit of commit")
     backoff: float = knob(0.5, ge=0, description="first wait between attempts; doubles, with jitter")
     concurrency: int = knob(32, ge=1, description="requests at a time per worker")
-    per_host: int = knob(8, ge=1, description="requests at a time per worker to one host")
-    host_interval: float = knob(0.0, ge=0, description="least time between the starts of requests to one host")
+    per_host: int = knob(8, ge=1, description="requests at a time per worker to one host; workers do not share it")
+    host_interval: float = knob(0.0, ge=0, description="least time between requests of a worker to one host")
     user_agent: str = knob("vc2 (dataset preparation)")
     connect_to: dict[str, str] = knob({}, description='"host[:port]" of a URL -> "address:port" to connect to instead')
-    allow_hosts: tuple[str, ...] = knob(
+    allow_hosts: tuple[str, ...] = Field(
         (),
         description='hosts ("name" or "name:port") of your own network that URLs may name; others there are refused',
     )
@@ -375,6 +380,13 @@ def archive_uris(source: Source) -> list[str]:
     return [file.uri for file in archive_files(source)]
 
 
+def archive_marks(source: Source) -> list[list[Any]]:
+    """What tells the archives of a source apart: name and size of each, in order; where names repeat, the whole URI."""
+    files = archive_files(source)
+    unique = len({file.name for file in files}) == len(files)
+    return [[file.name if unique else file.uri, file.size] for file in files]
+
+
 def archive_stem(name: str) -> str:
     """The name of an archive without folder and ending."""
     name = name.rpartition("/")[2]
@@ -423,6 +435,8 @@ def source_digest(source: Source, cache: Path | None = None) -> str:
             parts += [["file", shown(file.name), file.size] for file in media]
             captions = (file for file in beside if file.name.lower().endswith((".txt", ".json")))
             parts += [["caption", shown(file.name), digest_of(file)] for file in captions]
+    if isinstance(source, WebVidSource):
+        parts.append(["videos", "fetched" if source.videos is None else "at hand"])
     return digest({"kind": source.kind, "parts": parts})
 
 
@@ -451,7 +465,13 @@ def ledger_prefix(config: ShardStage, repeat: int = 0, change: str = "") -> str:
 
 
 def shard_fingerprint(
-    stage: str, config: ShardStage, source: str, *, change: Change | None = None, repeat: int = 0
+    stage: str,
+    config: ShardStage,
+    source: str,
+    *,
+    change: Change | None = None,
+    removals: Sequence[str] = (),
+    repeat: int = 0,
 ) -> str:
     """Name of a shard set.
 
@@ -460,7 +480,14 @@ def shard_fingerprint(
         config: The stage.
         source: Digest of the source.
         change: How it differs from its parent; None: made from scratch.
+        removals: Removal lists that a set made from scratch heeds (`removal_lists`).
         repeat: Raised to make the same set once more.
     """
     inputs = {"source": source} | ({"change": digest(change.identity())} if change else {})
+    inputs |= {"removals": digest(sorted(removals))} if removals and change is None else {}
     return fingerprint(stage, STAGE_VERSION, config, inputs, repeat)
+
+
+def removal_lists(store: Store, source: str) -> tuple[str, ...]:
+    """The removal lists that were ever given for a source, by their sha256: whatever is made of it heeds them all."""
+    return tuple(sorted(entry.key.rpartition("/")[2] for entry in store.list(f"removals/{source}/")))

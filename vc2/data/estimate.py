@@ -8,22 +8,25 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-
-import pyarrow as pa
+from typing import Any
 
 from vc2.config import Config
 from vc2.data.build import sample_of
-from vc2.data.config import ShardStage, archive_uris, table_files
+from vc2.data.config import ShardStage, archive_files, table_files
 from vc2.data.decode import MediaError, shared_decoder
 from vc2.data.fetch import fetch_archive, fetch_rows
 from vc2.data.ledger import Media, read_parts
 from vc2.data.places import open_file, unpacked
-from vc2.data.plan import judge
+from vc2.data.plan import Verdict, judge
+from vc2.data.rejects import RejectReason
 from vc2.data.sources import Record, read_records
+from vc2.errors import ConfigError, SourceError
 from vc2.launch import cpu_count
+from vc2.progress import counted, size_text
 from vc2.seeding import derive_seed
 from vc2.storage import LocalStore
 
@@ -42,8 +45,10 @@ class Estimate(Config):
     built: int  #: samples that were built
     rows: int | None
     rows_are_exact: bool
-    reject_share: float
-    reasons: dict[str, int]  #: among the rows looked at
+    reject_share: float  #: of the rows looked at
+    min_yield: float  #: share of good rows below which the source is refused
+    reasons: dict[str, int]  #: among them; and of media beside them that no row names
+    duplicates: int  #: rows among them with the bytes of another
     samples: int | None
     shards: int | None
     raw_bytes: int | None
@@ -54,17 +59,21 @@ class Estimate(Config):
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        reasons = ", ".join(f"{name} {count}" for name, count in Counter(self.reasons).most_common(5)) or "none"
-        yield f"looked at        {self.sampled} rows, built {self.built} samples"
-        yield f"rejects          {100 * self.reject_share:.0f} % of these rows: {reasons}"
+        reasons = ", ".join(f"{name} {count}" for name, count in Counter(self.reasons).most_common(5))
+        yield f"looked at        {counted(self.sampled, 'row')}, built {counted(self.built, 'sample')}"
+        yield f"rejects          {100 * self.reject_share:.0f} % of these rows{f': {reasons}' if reasons else ''}"
+        if self.sampled and 1 - self.reject_share < self.min_yield:
+            yield f"REFUSED          if all rows are like these: source.min_yield is {self.min_yield:g}"
+        if self.duplicates:
+            yield f"duplicates       {self.duplicates} of them"
         if self.rows is None:
             yield "rows             not known before they are read"
             return
         yield f"rows             {'' if self.rows_are_exact else 'about '}{self.rows:,}"
-        yield f"samples          about {self.samples:,} in {self.shards:,} shards"
-        yield f"to read          about {_size(self.raw_bytes)}"
-        yield f"to store         about {_size(self.shard_bytes)}"
-        yield f"to compute       about {self.core_hours:.2g} core-hours: {_duration(self.hours)} on {self.cores} cores"
+        yield f"samples          about {self.samples:,} in {counted(self.shards or 0, 'shard')}"
+        yield f"to read          about {size_text(self.raw_bytes or 0)}"
+        yield f"to store         about {size_text(self.shard_bytes or 0)}"
+        yield f"to compute       {_duration(self.core_hours)} on one core, {_duration(self.hours)} on {self.cores}"
 
 
 def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Estimate:
@@ -73,25 +82,39 @@ def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Es
     Args:
         config: The stage.
         work: For temporary files.
-        sample: Rows to look at; None: as many as half a second allows.
+        sample: Rows to look at, at least one; None: as many as half a second allows.
 
     Raises:
-        SourceError: If the source as a whole cannot be read.
+        ConfigError: If no row is to be looked at.
+        SourceError: If the source as a whole cannot be read, or has no rows.
     """
+    if sample is not None and sample < 1:
+        raise ConfigError(f"a sample of {sample} rows tells nothing; expected 1 or more")
     work.mkdir(parents=True, exist_ok=True)
     shared_decoder(config.fetch.probe_seconds, config.fetch.max_pixels)
     with tempfile.TemporaryDirectory(dir=work, prefix="dry-run-") as folder:
         store = LocalStore(Path(folder))
-        total, exact, parts, probing = _probed(config, store, Path(folder), sample)
-        rows = [row for part in parts for row in part.to_pylist()]
+        seen = _probed(config, store, Path(folder), sample)
+        total, rows = seen.total, seen.rows
+        if not rows:
+            found = f"its tables name none of the {seen.alone} media looked at" if seen.alone else "it has no rows"
+            raise SourceError(f"source {config.source.name}: {found}; check its paths, and that they belong together")
         verdicts = [judge(row, config) for row in rows]
         reasons = Counter(str(verdict.reason) for verdict in verdicts if verdict.reason is not None)
-        slots = [row | clip for row, verdict in zip(rows, verdicts, strict=True) for clip in verdict.clips]
+        if seen.alone:
+            reasons[str(RejectReason.UNMATCHED_MEDIA)] = seen.alone
+        copies = _copies(rows, verdicts)
+        slots = [
+            row | clip
+            for place, (row, verdict) in enumerate(zip(rows, verdicts, strict=True))
+            for clip in verdict.clips
+            if place not in copies
+        ]
         sizes, lost, building = _built(slots, config, store, sample)
         reasons += lost
     tried = len(sizes) + lost.total()
-    kept = len(slots) / max(1, len(rows)) * (len(sizes) / tried if tried else 1.0)  # samples a row
-    raw = sum(row["size"] or 0 for row in rows) / max(1, len(rows))
+    kept = len(slots) / len(rows) * (len(sizes) / tried if tried else 1.0)  # samples a row
+    raw = sum(row["size"] or 0 for row in rows) / len(rows)
     if total is None:
         samples = shards = raw_bytes = shard_bytes = core_hours = None
     else:
@@ -99,7 +122,7 @@ def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Es
         shards = -(-samples // config.samples_per_shard)
         raw_bytes = round(total * raw)
         shard_bytes = round(samples * sum(sizes) / max(1, len(sizes)))
-        core_hours = (total * probing / max(1, len(rows)) + samples * building / max(1, tried)) / 3600
+        core_hours = (total * seen.seconds / len(rows) + samples * building / max(1, tried)) / 3600
     rejected = len(rows) - sum(bool(verdict.clips) for verdict in verdicts)
     share_lost = lost.total() / tried if tried else 0.0
     cores = config.workers or cpu_count()
@@ -107,9 +130,11 @@ def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Es
         sampled=len(rows),
         built=len(sizes),
         rows=total,
-        rows_are_exact=exact,
-        reject_share=round((rejected + (len(rows) - rejected) * share_lost) / max(1, len(rows)), 4),
+        rows_are_exact=seen.exact,
+        min_yield=config.source.min_yield,
+        reject_share=round((rejected + (len(rows) - rejected) * share_lost) / len(rows), 4),
         reasons=dict(reasons),
+        duplicates=len(copies),
         samples=samples,
         shards=shards,
         raw_bytes=raw_bytes,
@@ -120,10 +145,18 @@ def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Es
     )
 
 
-def _probed(
-    config: ShardStage, store: LocalStore, work: Path, sample: int | None
-) -> tuple[int | None, bool, list[pa.Table], float]:
-    """Rows there are and whether that is exact, ledger rows of some of them, and the CPU seconds those took."""
+@dataclass(frozen=True, slots=True)
+class _Probed:
+    """Some rows of a source as in its ledger."""
+
+    rows: list[dict[str, Any]]
+    total: int | None  #: rows there are
+    exact: bool  #: whether that is counted
+    seconds: float  #: CPU seconds that the rows took
+    alone: int = 0  #: media that were looked at and no row names
+
+
+def _probed(config: ShardStage, store: LocalStore, work: Path, sample: int | None) -> _Probed:
     if config.source.by_archive:
         return _probed_archive(config, store, work, sample)
     records = list(islice(read_records(config.source), min(MOST_READ, config.limit or MOST_READ)))
@@ -131,36 +164,56 @@ def _probed(
     total = len(records) if exact else _counted(config)
     if total is not None and config.limit is not None:
         total = min(total, config.limit)
-    drawn = sorted(records, key=lambda record: derive_seed(config.seed, "dry run", record.row))[: sample or None]
+    drawn = sorted(records, key=lambda record: derive_seed(config.seed, "dry run", record.row))[:sample]
     until, started, done = time.monotonic() + PROBING, _cpu(), 0
     while done < len(drawn) and (sample is not None or done == 0 or time.monotonic() < until):
         fetch_rows(store, "ledger", f"part-{done:05d}", drawn[done : done + AT_ONCE], config, work)
         done += AT_ONCE
-    return total, exact, [*read_parts(store, "ledger")], _cpu() - started
+    return _Probed(_rows(store), total, exact, _cpu() - started)
 
 
-def _probed_archive(
-    config: ShardStage, store: LocalStore, work: Path, sample: int | None
-) -> tuple[int | None, bool, list[pa.Table], float]:
-    """The same for media in archives: the first of the first archive."""
-    archives = archive_uris(config.source)
-    started = _cpu()
+def _probed_archive(config: ShardStage, store: LocalStore, work: Path, sample: int | None) -> _Probed:
+    """The same for media in archives: the first of the first archives."""
+    archives, limit = archive_files(config.source), config.limit
     most = sample or AT_ONCE
-    fetch_archive(store, "ledger", 0, archives[0], config, work, most=most)
-    spent = _cpu() - started
-    parts = [*read_parts(store, "ledger")]
     if config.source.embedded:
-        return None, False, parts, spent
-    media = Media(parts)
+        most = min(most, limit or most)
+    started, found = _cpu(), 0
+    for number, archive in enumerate(archives):
+        found += fetch_archive(store, "ledger", number, archive.uri, config, work, most=most - found).rows
+        if found >= most:
+            break
+    spent = _cpu() - started
+    if config.source.embedded:
+        rows, is_all = _rows(store), found < most or found == limit
+        return _Probed(rows, found if is_all else None, is_all, spent)
+    media = Media(read_parts(store, "ledger"))
+    keys = set(media.table["key"].to_pylist())
     records: list[Record] = []
     total = 0
-    keys = set(media.table["key"].to_pylist())
-    for record in islice(read_records(config.source), config.limit):
+    for record in read_records(config.source):
         total += 1
         if record.key in keys:
             records.append(record)
     media.claim(records)
-    return total, True, [media.join(records), media.unclaimed()], spent
+    rows = media.join(records).to_pylist()
+    return _Probed(rows, min(total, limit or total), True, spent, media.unclaimed().num_rows)
+
+
+def _rows(store: LocalStore) -> list[dict[str, Any]]:
+    return [row for part in read_parts(store, "ledger") for row in part.to_pylist()]
+
+
+def _copies(rows: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> set[int]:
+    """Places of the good rows whose bytes an earlier one has."""
+    seen: set[str] = set()
+    copies: set[int] = set()
+    for place, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
+        if verdict.reason is None:
+            if row["sha256"] in seen:
+                copies.add(place)
+            seen.add(row["sha256"])
+    return copies
 
 
 def _counted(config: ShardStage) -> int | None:
@@ -207,14 +260,6 @@ def _cpu() -> float:
     times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
     ended = os.times()
     return sum(spent.user + spent.system for spent in times) + ended.children_user + ended.children_system
-
-
-def _size(size: int | None) -> str:
-    number, units = float(size or 0), iter(("B", "kB", "MB", "GB", "TB", "PB"))
-    unit = next(units)
-    while number >= 1000 and unit != "PB":
-        number, unit = number / 1000, next(units)
-    return f"{number:.3g} {unit}"
 
 
 def _duration(hours: float | None) -> str:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from vc2.artifacts import FileEntry, Manifest, ShardSet, load_manifest, shard_set_prefix
 from vc2.config import digest
-from vc2.data.config import STAGE_VERSION, Change, ShardStage, archive_uris
+from vc2.data.config import STAGE_VERSION, Change, ShardStage, archive_marks
 from vc2.data.plan import Known
 from vc2.data.rejects import RejectReason
 from vc2.data.sources import Record, read_records
@@ -95,11 +95,13 @@ def retry_reasons(parent: "Parent", asked: Sequence[str]) -> tuple[str, ...]:
     for name in asked:
         if name not in known | {"all"}:
             raise ConfigError(f"no reason {name!r}; the rejects of this set are: {_counted(there)}")
-    chosen = set(there) - OF_THE_TABLE if "all" in asked else set(asked)
-    if fixed := sorted(chosen & (OF_THE_TABLE | {str(RejectReason.REMOVED)})):
+    fixed_reasons = OF_THE_TABLE | {str(RejectReason.REMOVED)}
+    chosen = set(there) - fixed_reasons if "all" in asked else set(asked)
+    if fixed := sorted(chosen & fixed_reasons):
         raise ConfigError(f"{', '.join(fixed)}: trying again cannot change that; the rejects are: {_counted(there)}")
     if not chosen & set(there):
-        raise ConfigError(f"nothing was rejected for {', '.join(sorted(chosen))}; the rejects are: {_counted(there)}")
+        named = ", ".join(sorted(chosen)) or "reasons that may pass"
+        raise ConfigError(f"nothing was rejected for {named}; the rejects are: {_counted(there)}")
     return tuple(sorted(chosen & set(there)))
 
 
@@ -150,6 +152,16 @@ class Parent:
     def generations(self) -> list[dict[str, Any]]:
         return self.manifest.facts["generations"]
 
+    @cached_property
+    def removed(self) -> frozenset[str]:
+        """What the removal lists of this set and of those before it name."""
+        return read_removals(self.store, self.manifest.facts["removals"])
+
+    @cached_property
+    def retry_rows(self) -> dict[str, int]:
+        """Number of each rejected row by its key."""
+        return dict(zip(self.row_rejects["key"].to_pylist(), self.row_rejects["row"].to_pylist(), strict=True))
+
     @property
     def next_shard(self) -> int:
         return max(generation["next_shard"] for generation in self.generations)
@@ -185,17 +197,28 @@ class Selection:
     @cached_property
     def retried(self) -> frozenset[str]:
         """Keys of the rows that are tried again."""
+        return frozenset(self.retried_places)
+
+    @cached_property
+    def retried_places(self) -> dict[str, str]:
+        """Where the media of the rows that are tried again were found, by key."""
         assert self.change is not None and self.parent is not None
         rejects = self.parent.row_rejects
-        chosen = pc.is_in(rejects["reason"], pa.array(self.change.reasons, pa.string()))  # type: ignore[attr-defined]
-        return frozenset(key for key in rejects.filter(chosen)["key"].to_pylist() if key)
+        chosen = rejects.filter(pc.is_in(rejects["reason"], pa.array(self.change.reasons, pa.string())))  # type: ignore[attr-defined]
+        places = zip(chosen["key"].to_pylist(), chosen["locator"].to_pylist(), strict=True)
+        return {key: locator or "" for key, locator in places if key}
 
     def _again(self, records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
+        assert self.parent is not None
+        self.carried, found = self.parent.manifest.counts["rows"] - len(self.retried), 0
+        for record in records:  # those that are new since come with the next growth
             if record.reason is None and record.key in self.retried:
+                found += 1
                 yield record
-            else:
-                self.carried += 1
+        if found != len(self.retried):
+            raise SourceError(
+                f"{len(self.retried) - found} of the {len(self.retried)} rows to try again are no longer in the source"
+            )
 
     def _new(self, records: Iterable[Record]) -> Iterator[Record]:
         assert self.parent is not None
@@ -234,21 +257,28 @@ class Selection:
         ]
 
 
-def check_grown(parent: Parent, config: ShardStage) -> None:
-    """Refuse a source that differs from that of a set by more than new rows.
+def check_grown(parent: Parent, config: ShardStage) -> bool:
+    """Whether a source has new rows since a set was made of it; one that differs by more is refused.
 
     Raises:
         SourceError: If rows or archives are gone, or captions have changed.
     """
     source = config.source
     if source.by_archive:
-        there = {uri.rpartition("/")[2] for uri in archive_uris(source)}
-        if gone := sorted(set(parent.manifest.facts["archives"]) - there):
-            raise SourceError(f"{len(gone)} archives of {parent.manifest.fingerprint[:12]} are gone, such as {gone[0]}")
-    if not source.embedded:
-        selection = Selection(Change(kind="grow", parent=parent.manifest.fingerprint), parent, limit=config.limit)
-        for _ in selection(read_records(source)):
-            pass
+        there = archive_marks(source)
+        if gone := [mark for mark in parent.manifest.facts["archives"] if mark not in there]:
+            name, size = gone[0]
+            raise SourceError(
+                f"{len(gone)} archives of {parent.manifest.fingerprint[:12]} are gone or others, such as {name} of "
+                f"{size} bytes"
+            )
+        if source.embedded:
+            return len(there) > len(parent.manifest.facts["archives"])
+    selection = Selection(Change(kind="grow", parent=parent.manifest.fingerprint), parent, limit=config.limit)
+    new = [record for record in selection(read_records(source)) if str(record.reason) not in OF_THE_TABLE]
+    again = parent.row_rejects["reason"].to_pylist().count(str(RejectReason.UNMATCHED_ROW))
+    more_archives = source.by_archive and len(archive_marks(source)) > len(parent.manifest.facts["archives"])
+    return len(new) > again or more_archives
 
 
 def hashes_of(texts: Sequence[str]) -> np.ndarray:
@@ -257,9 +287,16 @@ def hashes_of(texts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, np.uint64)
 
 
-def read_removals(store: Store, change: Change) -> frozenset[str]:
-    """The lines of a removal list."""
-    try:
-        return frozenset(store.read(f"objects/{change.removals}").decode().split("\n"))
-    except KeyError:
-        raise StoreError(f"the removal list {change.removals[:12]} is no longer in the store; give it again") from None
+def read_removals(store: Store, lists: Iterable[str]) -> frozenset[str]:
+    """The lines of removal lists, which are objects of the store.
+
+    Raises:
+        StoreError: If one is gone.
+    """
+    lines: set[str] = set()
+    for sha256 in lists:
+        try:
+            lines.update(store.read(f"objects/{sha256}").decode().split("\n"))
+        except KeyError:
+            raise StoreError(f"the removal list {sha256[:12]} is no longer in the store; give it again") from None
+    return frozenset(lines)

@@ -6,9 +6,9 @@ beside it, named by its content, and the rows hold offset and length; files of t
 not copied.
 
     part-0000012.parquet          rows of the tables, in order (rows hold blob, offset, length)
-    part-000003-00012.parquet     members of archive 3, in order (JourneyDB: joined with the tables when read)
+    part-000003-00012.parquet     members of archive 3, in order (JourneyDB: joined with the tables when read); its last
+                                  part is named part-000003-00013.last.parquet
     part-0000012-<digest>.bin     the bytes of a part
-    verdicts/<sha256>.json        a file that missed its deadline while a shard was built: rejected from then on
     complete.json                 all parts are there
 
 Network and deadlines are not reproducible; the ledger is where their outcome is fixed, once. Everything after it is a
@@ -34,20 +34,20 @@ from vc2.storage import Store
 __all__ = [
     "SCHEMA",
     "Media",
+    "drop",
     "is_complete",
     "is_last",
     "parquet_bytes",
     "part_names",
     "read_part",
     "read_parts",
-    "read_verdicts",
     "row_of",
     "rows_carried",
     "set_complete",
     "write_part",
-    "write_verdict",
 ]
 
+LAST = ".last"
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),  # place in the total order; in parts of archives the member's
@@ -90,7 +90,7 @@ def row_of(record: Record, **found: Any) -> dict[str, Any]:
 
 
 def write_part(
-    store: Store, prefix: str, name: str, rows: list[dict[str, Any]], blob: Path | None, *, last: bool = True
+    store: Store, prefix: str, name: str, rows: list[dict[str, Any]], blob: Path | None, *, last: bool = False
 ) -> None:
     """Commit a part. Of two writers the first wins; the blobs of both are whole.
 
@@ -100,7 +100,7 @@ def write_part(
         name: For example `part-0000012`.
         rows: See `SCHEMA`; rows with an `offset` and no `blob` get the key of the blob.
         blob: The bytes of the part, if there are any.
-        last: Whether no part of the same archive follows.
+        last: Of an archive: whether no part of it follows. It stands in the name, so that a listing tells it.
     """
     key = None
     if blob is not None and blob.stat().st_size:
@@ -108,8 +108,8 @@ def write_part(
         key = f"{name}-{digest(held)[:16]}.bin"
         store.upload(blob, f"{prefix}/{key}")
     rows = [row | {"blob": key} if row["offset"] is not None and row["blob"] is None else row for row in rows]
-    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"last": "yes" if last else "no"})
-    store.write_if_absent(f"{prefix}/{name}.parquet", parquet_bytes(table))
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    store.write_if_absent(f"{prefix}/{name}{LAST if last else ''}.parquet", parquet_bytes(table))
 
 
 def part_names(store: Store, prefix: str) -> list[str]:
@@ -122,10 +122,15 @@ def read_part(store: Store, prefix: str, name: str) -> pa.Table:
     return pq.read_table(io.BytesIO(store.read(f"{prefix}/{name}.parquet")), use_threads=False)
 
 
-def is_last(store: Store, prefix: str, name: str) -> bool:
-    """Whether a part ends its archive."""
-    metadata = pq.read_schema(io.BytesIO(store.read(f"{prefix}/{name}.parquet"))).metadata or {}
-    return metadata.get(b"last") == b"yes"
+def is_last(name: str) -> bool:
+    """Whether a part, by its name, ends its archive."""
+    return name.endswith(LAST)
+
+
+def drop(store: Store, prefix: str) -> None:
+    """Forget a ledger: what it tells came of a mistake that can be mended."""
+    for entry in [*store.list(f"{prefix}/")]:
+        store.delete(entry.key)
 
 
 def read_parts(store: Store, prefix: str, names: Iterable[str] | None = None) -> Iterator[pa.Table]:
@@ -160,11 +165,18 @@ class Media:
     """What archives hold, to be joined with the rows of tables by key (JourneyDB).
 
     Args:
-        parts: Parts of ledgers, the newest first: of several members with one key the first counts.
+        ledgers: Parts of each ledger, the newest ledger first: what it tells of a key replaces what earlier ones told.
+            Of several members with one key in a ledger the first counts.
     """
 
-    def __init__(self, parts: Iterable[pa.Table]) -> None:
-        tables = [*parts]
+    def __init__(self, *ledgers: Iterable[pa.Table]) -> None:
+        tables: list[pa.Table] = []
+        newer = pa.array([], pa.string())
+        for parts in ledgers:
+            own = [part.filter(pc.invert(pc.is_in(part["key"], newer))) for part in parts]  # type: ignore[attr-defined]
+            tables += own
+            keys = [key for part in own for key in part["key"].chunks]
+            newer = pa.concat_arrays([newer, *keys])
         schema = SCHEMA.append(pa.field("ledger", pa.string()))
         self.table = pa.concat_tables(tables) if tables else schema.empty_table()
         self._keys = self.table["key"].combine_chunks() if tables else pa.array([], pa.string())
@@ -199,20 +211,6 @@ class Media:
         detail = pc.if_else(pc.equal(pc.fill_null(alone["detail"], ""), ""), "no row names it", alone["detail"])  # type: ignore[attr-defined]
         alone = alone.set_column(alone.schema.get_field_index("reason"), "reason", reason)
         return alone.set_column(alone.schema.get_field_index("detail"), "detail", detail)
-
-
-def write_verdict(store: Store, prefix: str, sha256: str, reason: RejectReason, detail: str) -> None:
-    """Fix that a file is rejected, before the shard that lacks it is committed."""
-    store.write_if_absent(f"{prefix}/verdicts/{sha256}.json", _json({"reason": str(reason), "detail": detail}).encode())
-
-
-def read_verdicts(store: Store, prefix: str) -> dict[str, tuple[RejectReason, str]]:
-    """Verdicts by sha256 of the file."""
-    found = {}
-    for entry in store.list(f"{prefix}/verdicts/"):
-        said = json.loads(store.read(entry.key))
-        found[entry.key.rpartition("/")[2].removesuffix(".json")] = (RejectReason(said["reason"]), said["detail"])
-    return found
 
 
 def parquet_bytes(table: pa.Table, *, rows_per_group: int | None = None) -> bytes:

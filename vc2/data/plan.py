@@ -17,6 +17,7 @@ the digest of its source stay in memory. Rejected rows are kept: they are what t
 """
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,11 +31,23 @@ import pyarrow.parquet as pq
 
 from vc2.data.config import SampleForm, ShardStage
 from vc2.data.filters import row_unfit
+from vc2.data.places import is_url
 from vc2.data.rejects import RejectReason
 from vc2.seeding import derive_seed
 from vc2.storage import Store, open_store
 
-__all__ = ["PLAN", "UNPLANNED", "Known", "Planner", "Verdict", "draw_clips", "judge", "read_slots", "stored_parquet"]
+__all__ = [
+    "PLAN",
+    "UNPLANNED",
+    "Known",
+    "Planner",
+    "Verdict",
+    "draw_clips",
+    "judge",
+    "read_slots",
+    "stored_parquet",
+    "url_of",
+]
 
 PLAN = pa.schema(
     [
@@ -163,9 +176,18 @@ class Planner:
         spool: A file for clips to wait in.
         known: What the parent set holds.
         first_shard: Number of the first shard.
+        removed: Keys, URLs, paths and digests on the removal lists of earlier generations.
     """
 
-    def __init__(self, config: ShardStage, spool: Path, *, known: Known | None = None, first_shard: int = 0) -> None:
+    def __init__(
+        self,
+        config: ShardStage,
+        spool: Path,
+        *,
+        known: Known | None = None,
+        first_shard: int = 0,
+        removed: frozenset[str] = frozenset(),
+    ) -> None:
         self.config, self.first_shard = config, first_shard
         self.rows = 0
         self._known = known or Known()
@@ -176,16 +198,20 @@ class Planner:
         self._usable = 0
         self._source_of: list[np.ndarray] = []  # number of the usable row of each clip
         self._order: list[np.ndarray] = []  # hash of each clip
-        self._unplanned: list[dict[str, Any]] = []
+        self._removed = removed
+        self._unplanned: list[pa.Table] = []
 
     def add(self, part: pa.Table) -> None:
         """Judge rows of a ledger (`ledger.read_parts`)."""
         clips: list[dict[str, Any]] = []
         sha256, source_of = [], []
+        rejects: list[dict[str, Any]] = []
         for line in part.to_pylist():
             verdict = judge(line, self.config)
+            if self._removed and self._is_removed(line):
+                verdict = Verdict([], RejectReason.REMOVED, "on the removal list")
             if verdict.reason is not None:
-                self._reject(line, verdict.reason, verdict.detail)
+                rejects.append(_rejected(line, verdict.reason, verdict.detail))
                 continue
             said = {name: line[name] for name in (*SAID, *FOUND)}
             clips += [said | clip for clip in verdict.clips]
@@ -199,12 +225,11 @@ class Planner:
         hashes = (derive_seed(seed, "order", clip["key"], clip["clip"]) for clip in clips)
         self._order.append(np.fromiter(hashes, np.uint64, len(clips)))
         self._writer.write_batch(pa.RecordBatch.from_pylist(clips, PLAN))
+        self._unplanned.append(pa.Table.from_pylist(rejects, UNPLANNED))
 
-    def _reject(
-        self, line: Mapping[str, Any], reason: RejectReason, detail: str, duplicate_of: str | None = None
-    ) -> None:
-        place = {name: line[name] for name in ("row", "key", "locator")}
-        self._unplanned.append(place | {"reason": str(reason), "detail": detail, "duplicate_of": duplicate_of})
+    def _is_removed(self, line: Mapping[str, Any]) -> bool:
+        names = (line["key"], line["locator"], line["sha256"], url_of(line))
+        return not self._removed.isdisjoint(name for name in names if name)
 
     def write(self, path: Path) -> pa.Table:
         """Write the plan, a row group a shard; returns the rows that are not in it (`UNPLANNED`, in order)."""
@@ -222,12 +247,13 @@ class Planner:
             kept = np.flatnonzero(~is_copy[source_of])
             hashes = np.concatenate([np.zeros(0, np.uint64), *self._order])[kept]
             self._write_slots(path, read, kept[np.argsort(hashes, kind="stable")])
-        unplanned = sorted(self._unplanned, key=lambda line: line["row"])
-        return pa.Table.from_pylist(unplanned, UNPLANNED)
+        unplanned = pa.concat_tables([UNPLANNED.empty_table(), *self._unplanned])
+        return unplanned.sort_by("row")
 
     def _reject_copies(self, read: "_Rows", copies: np.ndarray, first: np.ndarray, source_of: np.ndarray) -> None:
         """Rows with the bytes of an earlier one."""
         known = len(self._known.digests)
+        rejects: list[dict[str, Any]] = []
         for number in copies.tolist():
             (line,) = read.take(np.searchsorted(source_of, [number])).to_pylist()
             earlier = int(first[number])
@@ -235,7 +261,8 @@ class Planner:
                 name = self._known.keys[earlier]
             else:
                 name = read.take(np.searchsorted(source_of, [earlier - known]))["key"][0].as_py()
-            self._reject(line, RejectReason.DUPLICATE, "", name)
+            rejects.append(_rejected(line, RejectReason.DUPLICATE, "") | {"duplicate_of": name})
+        self._unplanned.append(pa.Table.from_pylist(rejects, UNPLANNED))
 
     def _write_slots(self, path: Path, read: "_Rows", order: np.ndarray) -> None:
         size = self.config.samples_per_shard
@@ -247,6 +274,19 @@ class Planner:
                 shards = pa.array(self.first_shard + numbers // size, pa.int32())
                 rows = rows.set_column(0, "shard", shards).set_column(1, "slot", pa.array(numbers % size, pa.int32()))
                 writer.write_table(rows, row_group_size=size)
+
+
+def _rejected(line: Mapping[str, Any], reason: RejectReason, detail: str) -> dict[str, Any]:
+    place = {name: line[name] for name in ("row", "key", "locator")}
+    return place | {"reason": str(reason), "detail": detail, "duplicate_of": None}
+
+
+def url_of(line: Mapping[str, Any]) -> str | None:
+    """The URL by which the source names a medium, if it does (`locator` and `extra` of a row)."""
+    if is_url(line["locator"] or ""):
+        return line["locator"]
+    url = json.loads(line["extra"] or "{}").get("url")
+    return url if isinstance(url, str) and url else None
 
 
 class _Rows:

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
@@ -33,26 +33,24 @@ from vc2.artifacts import FileEntry, ShardSet, find, put_file, shard_set_prefix
 from vc2.data import ledger as ledgers
 from vc2.data.accounts import require_yield
 from vc2.data.build import build_shard, finished_shards, strip_shard
-from vc2.data.config import Change, ShardStage, archive_uris
+from vc2.data.config import Change, ShardStage, archive_marks, archive_uris
 from vc2.data.fetch import fetch_archive, fetch_rows, workplace
-from vc2.data.generations import (
-    Selection,
-    mark_set,
-)
+from vc2.data.generations import Selection, mark_set, read_removals
 from vc2.data.ledger import SCHEMA, parquet_bytes
-from vc2.data.plan import Planner, judge
+from vc2.data.plan import UNPLANNED, Planner, judge
 from vc2.data.rejects import RejectReason
 from vc2.data.sets import Gathered, Job, Removal, commit_set, gather, is_reconsidered
 from vc2.data.sources import Record, read_records
-from vc2.errors import Vc2Error
-from vc2.launch import ray_session
+from vc2.errors import Vc2Error, YieldTooLow
+from vc2.launch import cpu_count, ray_session
 from vc2.progress import Meter, Progress, silent
 from vc2.storage import Store, open_store
 
 __all__ = ["prepare"]
 
 EARLY_ROWS = 1000  # rows after which a hopeless source is given up
-WINDOW = 256  # pieces of work described to Ray at a time
+WINDOW = 256  # shards described to Ray at a time
+FETCH_WINDOW = 64  # likewise, parts of the ledger, which hold a thousand rows each
 JOINED_AT_ONCE = 4096  # rows
 
 
@@ -63,6 +61,7 @@ def prepare(
     *,
     fingerprint: str,
     change: Change | None = None,
+    removals: Sequence[str] = (),
     repeat: int = 0,
     only: range | None = None,
     progress: Progress = silent,
@@ -75,6 +74,7 @@ def prepare(
         work: Folder for temporary files, on every machine.
         fingerprint: Name of the set (`generations.shard_fingerprint`).
         change: How the set differs from its parent; None: made from scratch.
+        removals: Removal lists that a set made from scratch heeds (`config.removal_lists`).
         repeat: Raised to fetch and build once more.
         only: Build these shards alone. The set is committed by whoever finds all shards built.
         progress: Told about parts and shards.
@@ -92,7 +92,7 @@ def prepare(
         mark_set(store, config.source.name, fingerprint)
         return done
     with workplace(work) as folder, ExitStack() as stack:
-        job = Job.of(config, store, folder, fingerprint, change, repeat)
+        job = Job.of(config, store, folder, fingerprint, change, removals, repeat)
         return _Making(job, work, stack, progress).make(only)
 
 
@@ -150,12 +150,16 @@ class _Making:
         by_archive = self.config.source.by_archive
         pieces = self._archive_pieces(selection) if by_archive else self._row_pieces(selection)
         meter = Meter(self.progress, f"{self.config.source.name}: fetch", "rows")
-        early = 1 if by_archive else -(-EARLY_ROWS // self.config.fetch.part_rows)
-        self._fetch_all(list(islice(pieces, early)), meter)
-        if self.job.change is None:
-            self._check_early()
-        while window := list(islice(pieces, WINDOW)):
-            self._fetch_all(window, meter)
+        early = -(-EARLY_ROWS // self.config.fetch.part_rows)
+        if by_archive:
+            early = self.config.workers or cpu_count()
+        window = 1 if self._most_rows is not None else FETCH_WINDOW  # of a limit so much is left as was not read before
+        some = list(islice(pieces, min(early, window)))
+        self._fetch_all(some, meter)
+        if self.job.change is None and some:
+            self._check_early(some)
+        while some := list(islice(pieces, window)):
+            self._fetch_all(some, meter)
         meter.end()
         ledgers.set_complete(self.store, self.ledger, selection.carried)
 
@@ -171,21 +175,43 @@ class _Making:
 
     def _archive_pieces(self, selection: Selection) -> Iterator[dict[str, Any]]:
         """A piece for each archive; without its URI where all its parts are there already."""
-        present = ledgers.part_names(self.store, self.ledger)
+        present: dict[str, list[str]] = {}
+        for name in ledgers.part_names(self.store, self.ledger):
+            present.setdefault(name[: len("part-000000")], []).append(name)
+        is_retry = self.job.change is not None and self.job.change.kind == "retry"
+        read = self.job.parent.manifest.facts["archives"] if self.job.parent and not is_retry else []
+        read = {tuple(mark) for mark in read}
         wanted = self._wanted(selection)
-        read = set(self.job.parent.manifest.facts["archives"]) if self.job.parent and wanted is None else set()
-        for number, uri in enumerate(archive_uris(self.config.source)):
-            if uri.rpartition("/")[2] in read:
+        source = self.config.source
+        for number, (uri, mark) in enumerate(zip(archive_uris(source), archive_marks(source), strict=True)):
+            if tuple(mark) in read:
                 continue
-            own = [name for name in present if name.startswith(f"part-{number:06d}-")]
-            finished = bool(own) and ledgers.is_last(self.store, self.ledger, own[-1])
-            piece = {"number": number, "first": len(own), "wanted": wanted, "rows": 0}
-            yield piece if finished else piece | {"archive": uri}
+            name = f"part-{number:06d}"
+            own = present.get(name, [])
+            piece: dict[str, Any] = {"name": name, "number": number, "first": len(own), "rows": 0}
+            if own and ledgers.is_last(own[-1]):
+                yield piece
+                continue
+            if is_retry:
+                folder = uri.rpartition("/")[2] + "/"
+                keys = [key for key, place in selection.retried_places.items() if place.startswith(folder)]
+                if keys:
+                    yield piece | {"archive": uri, "wanted": sorted(keys), "most": None}
+                continue
+            most = self._most_rows
+            if most is not None:
+                most -= sum(part.num_rows for part in ledgers.read_parts(self.store, self.ledger))
+                if most <= 0:
+                    return
+            yield piece | {"archive": uri, "wanted": wanted, "most": most}
+
+    @property
+    def _most_rows(self) -> int | None:
+        """Rows after which no archive need be read, where the rows come out of archives."""
+        return self.config.limit if self.config.source.embedded and self.job.change is None else None
 
     def _wanted(self, selection: Selection) -> list[str] | None:
         """Keys of the only media to look at, where not all of an archive are."""
-        if self.job.change is not None and self.job.change.kind == "retry":
-            return sorted(selection.retried)
         if self.config.limit is None or self.config.source.embedded:
             return None
         return [record.key for record in islice(read_records(self.config.source), self.config.limit) if record.key]
@@ -196,8 +222,15 @@ class _Making:
         for said in self._spread(_fetch_piece, [self.common | piece for piece in missing]):
             meter.add(said["rows"], said["bytes"], said["reasons"])
 
-    def _check_early(self) -> None:
-        names = ledgers.part_names(self.store, self.ledger)[:1000]
+    def _check_early(self, pieces: list[dict[str, Any]]) -> None:
+        """Look at what the first pieces brought. If that is hopeless, paths or settings may be wrong: nothing is kept,
+        so that mended ones start anew."""
+        heads = {piece["name"] for piece in (pieces[:1] if self.config.source.by_archive else pieces)}
+        names = [
+            name
+            for name in ledgers.part_names(self.store, self.ledger)
+            if name in heads or name[: len("part-000000")] in heads
+        ]
         if self._is_joined:  # rows of the other archives are not missing yet; media here that no row names do count
             media = ledgers.Media(ledgers.read_parts(self.store, self.ledger, names))
             table = pa.concat_tables(self._joined_rows(media))
@@ -205,14 +238,20 @@ class _Making:
             tables = iter((table.filter(pc.invert(unmatched)), media.unclaimed()))  # type: ignore[attr-defined]
         else:
             tables = ledgers.read_parts(self.store, self.ledger, names)
-        rows = [row for table in tables for row in table.to_pylist()]
+        rows = [row for table in tables for row in table.slice(0, 2 * EARLY_ROWS).to_pylist()]
         judged = [(row, judge(row, self.config)) for row in rows]
         rejects = [
-            row | {"reason": str(verdict.reason), "detail": verdict.detail}
+            {name: row[name] for name in ("row", "key", "locator")}
+            | {"reason": str(verdict.reason), "detail": verdict.detail, "duplicate_of": None}
             for row, verdict in judged
             if verdict.reason is not None
         ]
-        require_yield(self.config, len(rows) - len(rejects), len(rows), rejects, "the first rows")
+        table = pa.Table.from_pylist(rejects, UNPLANNED)
+        try:
+            require_yield(self.config, len(rows) - len(rejects), len(rows), table, "the first rows")
+        except YieldTooLow:
+            ledgers.drop(self.store, self.ledger)
+            raise
 
     # ---- plan ----
 
@@ -221,18 +260,19 @@ class _Making:
         key = f"{self.job.prefix}/plan.parquet"
         if self.store.entry(f"{self.job.prefix}/planned.json") is None:
             known = self.job.parent.known if self.job.parent else None
-            planner = Planner(self.config, self.job.folder / "spool", known=known, first_shard=self.job.first_shard)
+            place = {"first_shard": self.job.first_shard, "removed": read_removals(self.store, self.job.removals)}
+            planner = Planner(self.config, self.job.folder / "spool", known=known, **place)
             selection = Selection(self.job.change, self.job.parent, limit=self.config.limit)
             for table in self._ledger_rows(selection):
                 planner.add(table)
             path = self.job.folder / "plan.parquet"
             unplanned = planner.write(path)
             unmatched = self.media.unclaimed() if self.media is not None and self._tells_unmatched else None
-            rejects = unplanned.to_pylist() + (unmatched.to_pylist() if unmatched is not None else [])
-            copies = sum(line["reason"] == RejectReason.DUPLICATE for line in unplanned.to_pylist())
             if self.job.change is None:
-                good, rejects = planner.rows - unplanned.num_rows, [r for r in rejects if r["reason"] != "duplicate"]
-                require_yield(self.config, good, planner.rows - copies, rejects, f"{planner.rows} rows")
+                copies = pc.equal(unplanned["reason"], str(RejectReason.DUPLICATE))  # type: ignore[attr-defined]
+                rejects = unplanned.filter(pc.invert(copies))  # type: ignore[attr-defined]
+                good, rows = planner.rows - unplanned.num_rows, planner.rows - unplanned.num_rows + rejects.num_rows
+                require_yield(self.config, good, rows, rejects, f"{planner.rows} rows")
             put_file(self.store, self.job.prefix, "unplanned.parquet", parquet_bytes(unplanned))
             put_file(self.store, self.job.prefix, "unmatched.parquet", parquet_bytes(unmatched or SCHEMA.empty_table()))
             found = self.store.upload(path, key)
@@ -263,7 +303,7 @@ class _Making:
             [generation["ledger"] for generation in reversed(self.job.parent.generations)] if self.job.parent else []
         )
         folders = [self.ledger, *(folder for folder in earlier if folder)]
-        return ledgers.Media(part for folder in folders for part in ledgers.read_parts(self.store, folder))
+        return ledgers.Media(*(ledgers.read_parts(self.store, folder) for folder in folders))
 
     def _ledger_rows(self, selection: Selection) -> Iterator[pa.Table]:
         """Rows of the source that this generation looks at, in order, with what was found of them."""
@@ -271,8 +311,13 @@ class _Making:
             yield from self._joined_rows(self.media, selection)
             return
         parts = ledgers.read_parts(self.store, self.ledger)
-        first = self.job.parent.manifest.counts["rows"] if self.job.parent else 0
-        yield from _numbered(parts, first, self.config.limit) if self.config.source.embedded else parts
+        if not self.config.source.embedded:
+            yield from parts
+        elif self.job.change is not None and self.job.change.kind == "retry" and self.job.parent is not None:
+            yield from _as_numbered(parts, self.job.parent.retry_rows)
+        else:
+            first = self.job.parent.manifest.counts["rows"] if self.job.parent else 0
+            yield from _numbered(parts, first, self.config.limit)
 
     def _joined_rows(self, media: ledgers.Media, selection: Selection | None = None) -> Iterator[pa.Table]:
         """Rows of the tables with what archives hold of them."""
@@ -326,7 +371,7 @@ class _Making:
             for said in self._spread(build_shard, window):
                 meter.add(1, said["bytes"], said["reasons"], said["samples"])
         meter.end()
-        return len(asked) == len(missing)
+        return numbers.keys() <= finished_shards(self.store, self.job.prefix, self.plan.sha256).keys()
 
 
 def _numbered(parts: Iterable[pa.Table], first: int, limit: int | None) -> Iterator[pa.Table]:
@@ -336,6 +381,14 @@ def _numbered(parts: Iterable[pa.Table], first: int, limit: int | None) -> Itera
         rows = pa.array(range(first, first + part.num_rows), pa.int64())
         yield part.set_column(part.schema.get_field_index("row"), "row", rows)
         first += part.num_rows
+
+
+def _as_numbered(parts: Iterable[pa.Table], numbers: Mapping[str, int]) -> Iterator[pa.Table]:
+    """Members of archives under the numbers that their rows had before."""
+    for part in parts:  # which may end in a line on the archive itself
+        part = part.filter(pc.greater(pc.utf8_length(part["key"]), 0))  # type: ignore[attr-defined]
+        rows = pa.array([numbers[key] for key in part["key"].to_pylist()], pa.int64())
+        yield part.set_column(part.schema.get_field_index("row"), "row", rows)
 
 
 # ---- work that is spread ----
@@ -374,10 +427,12 @@ def _do(row: dict[str, str]) -> dict[str, str]:
 def _fetch_piece(item: dict[str, Any]) -> dict[str, Any]:
     config, store = ShardStage.model_validate_json(item["config"]), open_store(item["store"])
     work = Path(item["work"])
+    if "archive" not in item and store.entry(f"{item['ledger']}/{item['name']}.parquet") is not None:
+        return {"rows": item["rows"], "bytes": 0, "reasons": {}}  # by another driver, meanwhile
     if "archive" in item:
         wanted = None if item["wanted"] is None else frozenset(item["wanted"])
-        place = item["number"], item["archive"]
-        counts = fetch_archive(store, item["ledger"], *place, config, work, first=item["first"], wanted=wanted)
+        place, some = (item["number"], item["archive"]), {"first": item["first"], "most": item["most"]}
+        counts = fetch_archive(store, item["ledger"], *place, config, work, wanted=wanted, **some)
     else:
         records = [
             Record(**{**said, "reason": said["reason"] and RejectReason(said["reason"])}) for said in item["records"]

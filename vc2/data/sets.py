@@ -3,8 +3,10 @@
 import io
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +18,17 @@ from vc2.artifacts import FileEntry, Manifest, ShardSet, commit, put_file, shard
 from vc2.config import digest
 from vc2.data.accounts import IndexWriter, counts_of, reject_lines, require_yield
 from vc2.data.build import finished_shards, read_shard
-from vc2.data.config import STAGE, STAGE_VERSION, Change, ShardStage, archive_uris, ledger_prefix, source_digest
+from vc2.data.config import STAGE, STAGE_VERSION, Change, ShardStage, archive_marks, ledger_prefix, source_digest
 from vc2.data.generations import OF_THE_TABLE, Parent, mark_set, read_removals
 from vc2.data.ledger import parquet_bytes
 from vc2.data.rejects import RejectReason
 from vc2.data.shards import shard_name
+from vc2.errors import ConfigError, Unaccounted
 from vc2.storage import Store
 
 __all__ = ["Gathered", "Job", "Removal", "commit_set", "gather", "is_reconsidered"]
+
+READERS, READ_AHEAD = 8, 256  # threads that read parts, and parts that are read ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,31 @@ class Job:
     ledger: str  #: folder of the ledger of this generation
     change: Change | None
     parent: Parent | None
+    source_digest: str  #: of the source as it was when work began
+    archives: list[list[Any]]  #: likewise, `config.archive_marks`
+    removals: list[str]  #: sha256 of the removal lists that it heeds
     seconds: dict[str, float] = field(default_factory=dict)  #: what took how long
 
     @classmethod
     def of(
-        cls, config: ShardStage, store: Store, folder: Path, fingerprint: str, change: Change | None, repeat: int
+        cls,
+        config: ShardStage,
+        store: Store,
+        folder: Path,
+        fingerprint: str,
+        change: Change | None,
+        removals: Sequence[str],
+        repeat: int,
     ) -> "Job":
         name = config.source.name
+        parent = Parent.of(store, name, change.parent) if change else None
+        if change and parent:
+            removals = sorted({*parent.manifest.facts["removals"], *filter(None, [change.removals])})
+        if change and parent and change.kind != "grow":  # rows that are new since are not looked at
+            now, archives = parent.manifest.facts["source_digest"], parent.manifest.facts["archives"]
+        else:
+            now = source_digest(config.source)
+            archives = archive_marks(config.source) if config.source.by_archive else []
         return cls(
             config=config,
             store=store,
@@ -55,7 +78,10 @@ class Job:
             prefix=shard_set_prefix(name, fingerprint),
             ledger=ledger_prefix(config, repeat, digest(change.identity()) if change else ""),
             change=change,
-            parent=Parent.of(store, name, change.parent) if change else None,
+            parent=parent,
+            source_digest=now,
+            archives=archives,
+            removals=[*removals],
         )
 
     @property
@@ -94,11 +120,13 @@ def gather(job: Job, planned: Mapping[str, Any], tells_unmatched: bool) -> Gathe
         index.add(job.parent.table("index"))
         tars += job.parent.tars.values()
     kept: set[int] = set()
-    for _, key in sorted(finished_shards(job.store, job.prefix, plan.sha256).items()):
-        slots, tar = read_shard(job.store, key)
-        index.add(slots)
-        kept |= set(slots.filter(pc.is_null(slots["reason"]))["row"].to_pylist())  # type: ignore[attr-defined]
-        tars.append(tar)
+    parts = [key for _, key in sorted(finished_shards(job.store, job.prefix, plan.sha256).items())]
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(parts), READ_AHEAD):
+            for slots, tar in readers.map(partial(read_shard, job.store), parts[start : start + READ_AHEAD]):
+                index.add(slots)
+                kept |= set(slots.filter(pc.is_null(slots["reason"]))["row"].to_pylist())  # type: ignore[attr-defined]
+                tars.append(tar)
     unplanned, unmatched = (_read(job.store, f"{job.prefix}/{name}.parquet") for name in ("unplanned", "unmatched"))
     rejects = reject_lines(unplanned, index, frozenset(kept), unmatched)
     if job.parent is not None:
@@ -129,16 +157,26 @@ def is_reconsidered(job: Job, rejects: pa.Table) -> Any:
 
 class Removal:
     """A set without the samples of a removal list. A line names a sample, a row, a path or URL, or the sha256 of a
-    source file; all samples of its row go."""
+    source file; all samples of its row go.
+
+    Raises:
+        ConfigError: If no line names a sample.
+    """
 
     def __init__(self, job: Job) -> None:
         assert job.change is not None and job.parent is not None
         self.job, self.parent, self.list = job, job.parent, job.change.removals
-        listed = pa.array(sorted(read_removals(job.store, job.change)), pa.string())
+        listed = pa.array(sorted(read_removals(job.store, [job.change.removals])), pa.string())
         lines = job.parent.table("index")
         hit = pa.array([False] * lines.num_rows, pa.bool_())
-        for name in ("key", "source_key", "locator", "sha256"):
+        for name in ("key", "source_key", "locator", "url", "sha256"):
             hit = pc.or_(hit, pc.is_in(lines[name], listed))  # type: ignore[attr-defined]
+        if not pc.any(hit).as_py():  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"none of the {len(listed)} lines of the removal list names a sample of "
+                f"{job.parent.manifest.fingerprint[:12]}; a line is a key, URL, path or sha256, as `vc2 show URI#KEY` "
+                "tells it"
+            )
         is_out = pc.is_in(lines["source_key"], pc.unique(lines["source_key"].filter(hit)))  # type: ignore[attr-defined]
         self.lines, self.out, self.kept = lines, lines.filter(is_out), lines.filter(pc.invert(is_out))  # type: ignore[attr-defined]
 
@@ -187,9 +225,14 @@ def commit_set(job: Job, made: Gathered, started: float) -> ShardSet:
     path = job.folder / "index.parquet"
     made.index.write(path)
     counts = counts_of(made.rows, made.index, made.rejects)
+    if job.parent is not None and made.rows < job.parent.manifest.counts["rows"]:
+        before = job.parent.manifest.counts["rows"]
+        raise Unaccounted(
+            f"{made.rows} rows, {before} before: rows were lost, nothing was committed; please report this"
+        )
     fates = Counter(made.rejects.filter(pc.equal(made.rejects["what"], "row"))["reason"].to_pylist())  # type: ignore[attr-defined]
     if job.change is None:
-        of_rows = (line for line in made.rejects.to_pylist() if line["what"] == "row")
+        of_rows = made.rejects.filter(pc.equal(made.rejects["what"], "row"))  # type: ignore[attr-defined]
         rows = counts["rows"] - counts["rows_duplicate"]
         require_yield(job.config, counts["rows_with_samples"], rows, of_rows, f"{counts['rows']} rows")
     key = f"{job.prefix}/index.parquet"
@@ -221,9 +264,10 @@ def commit_set(job: Job, made: Gathered, started: float) -> ShardSet:
         counts=counts | {"shards": len(made.tars)},
         facts={
             "source": source.name,
-            "source_digest": source_digest(source),
+            "source_digest": job.source_digest,
             "asked": digest(job.config.identity()),
-            "archives": [uri.rpartition("/")[2] for uri in archive_uris(source)] if source.by_archive else [],
+            "archives": job.archives,
+            "removals": job.removals,
             "media": source.media,
             "reasons": dict(sorted(fates.items())),
             "fps_histogram": {str(fps): count for fps, count in sorted(made.index.fps.items()) if fps},

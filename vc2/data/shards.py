@@ -47,6 +47,7 @@ SLOTS = pa.schema(
         ("key", pa.string()),  # of the sample, unique in the set
         ("source_key", pa.string()),
         ("locator", pa.string()),
+        ("url", pa.string()),  # by which the source names the medium, if it does
         ("json_offset", pa.int64()),  # of the json in the tar
         ("json_length", pa.int64()),
         ("json_sha256", pa.string()),

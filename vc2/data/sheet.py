@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vc2.artifacts import Manifest
-from vc2.data.audit import shard_table
+from vc2.data.audit import shard_table, stored_table
 from vc2.data.cache import is_absolute, read_range
 from vc2.data.config import SampleForm
 from vc2.data.foreign import FOREIGN, Extractor, draw
-from vc2.data.places import open_file
 from vc2.data.shards import decode_frames, shard_name
 from vc2.errors import StoreError
+from vc2.progress import size_text
 from vc2.seeding import generator
-from vc2.storage import Store, join_uri
+from vc2.storage import Store
 
 __all__ = ["contact_sheet"]
 
@@ -83,8 +82,7 @@ class _Index:
     """Numbers of all samples; lines of those that are shown."""
 
     def __init__(self, store: Store, manifest: Manifest, samples: int, seed: int) -> None:
-        with open_file(_place(store, manifest, "index.parquet")) as file:
-            table = pq.ParquetFile(file)
+        with stored_table(store, manifest.file("index.parquet").key) as table:
             self.rows = table.metadata.num_rows
             draws = generator(seed, "contact sheet").permutation(self.rows)[:samples]
             wanted, pairs = np.sort(draws), []
@@ -132,7 +130,7 @@ class _Show:
         facts = [f"{line['fps']} fps"] if line["fps"] else []
         facts += [f"motion {line['motion']:.1f}"] if line["motion"] is not None else []
         facts += [f"{line['cuts']} cut{'s' * (line['cuts'] > 1)}"] if line["cuts"] else []
-        facts += [_bytes(line["length"])]
+        facts += [size_text(line["length"])]
         facts += ["near duplicate"] if line["duplicate_of"] else []
         tags = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
         above = f'<p class="note">{escape(note)}</p>' if note else ""
@@ -190,7 +188,7 @@ def _header(manifest: Manifest, index: _Index) -> str:
     tiles = {
         "samples": _count(index.rows),
         "shards": _count(counts.get("shards", sum(entry.name.endswith(".tar") for entry in manifest.files))),
-        "in tars": _bytes(sum(entry.size for entry in manifest.files if entry.name.endswith(".tar"))),
+        "in tars": size_text(sum(entry.size for entry in manifest.files if entry.name.endswith(".tar"))),
         "near duplicates": _count(index.duplicates),
     }
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles.items())
@@ -337,7 +335,7 @@ def _shards(store: Store, manifest: Manifest) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(_tar_name(line))}</th><td class="number">{_count(line["samples"])}</td>'
         f'<td class="number">{"" if line["rejected"] is None else _count(line["rejected"])}</td>'
-        f'<td class="number">{_bytes(line["bytes"])}</td>'
+        f'<td class="number">{size_text(line["bytes"])}</td>'
         f'<td class="number">{_percent(line["samples"], line["slots"])}</td>'
         f'<td class="bar"><i style="width:{100 * line["yield"]:.2f}%"></i></td></tr>'
         for line in lines
@@ -362,13 +360,9 @@ def _source(manifest: Manifest) -> str:
     return str(manifest.facts.get("source") or manifest.fingerprint[:12])
 
 
-def _place(store: Store, manifest: Manifest, name: str) -> str:
-    return join_uri(store.uri, manifest.file(name).key)
-
-
 def _table(store: Store, manifest: Manifest, name: str, columns: list[str]) -> list[dict[str, Any]]:
-    with open_file(_place(store, manifest, name)) as file:
-        return pq.read_table(file, columns=columns, use_threads=False).to_pylist()
+    with stored_table(store, manifest.file(name).key) as table:
+        return table.read(columns=columns, use_threads=False).to_pylist()
 
 
 def _count(number: int) -> str:
@@ -381,14 +375,6 @@ def _figure(number: float) -> str:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else ""
-
-
-def _bytes(size: float) -> str:
-    units = ["B", "kB", "MB", "GB", "TB"]
-    power = 0
-    while size >= 999.5 and power < len(units) - 1:
-        size, power = size / 1000, power + 1
-    return f"{size:.3g} {units[power]}"
 
 
 STYLE = """

@@ -29,9 +29,9 @@ from vc2.artifacts import (
 )
 from vc2.config import digest
 from vc2.data.config import STAGE_VERSION as SHARD_VERSION
-from vc2.data.config import shard_fingerprint, source_digest
+from vc2.data.config import removal_lists, shard_fingerprint, source_digest
 from vc2.errors import ConfigError, StoreError
-from vc2.pipeline.recipes import PipelineConfig
+from vc2.pipeline.recipes import DEFAULT_WORK, PipelineConfig
 from vc2.storage import Store
 from vc2.train.config import STAGE_VERSION as TRAIN_VERSION
 
@@ -133,7 +133,7 @@ def plan(
             names[node.name] = _input_name(artifact)
             planned.append(_taken(node, artifact))
             continue
-        name = _fingerprint(node, config, {role: names[stage] for role, stage in node.inputs.items()}, times)
+        name = _fingerprint(node, config, store, {role: names[stage] for role, stage in node.inputs.items()}, times)
         prefix = _prefix(node, config, name)
         names[node.name] = f"{name}@{_steps(node, config)}" if node.kind is Checkpoint else name
         artifact = find(store, prefix, node.kind)
@@ -256,12 +256,13 @@ def next_repeat(config: PipelineConfig, store: Store, start_at: str | None, stop
     return repeat
 
 
-def _fingerprint(node: Node, config: PipelineConfig, inputs: dict[str, str], repeat: int) -> str:
+def _fingerprint(node: Node, config: PipelineConfig, store: Store, inputs: dict[str, str], repeat: int) -> str:
     stage = getattr(config, node.field)
     if node.kind is ShardSet:
         world = config.world
-        source = digest(world.identity()) if world else source_digest(stage.source)
-        return shard_fingerprint(node.name, stage, source, repeat=repeat)
+        source = digest(world.identity()) if world else source_digest(stage.source, DEFAULT_WORK / "digests")
+        removals = removal_lists(store, stage.source.name)
+        return shard_fingerprint(node.name, stage, source, removals=removals, repeat=repeat)
     return fingerprint(node.name, node.version, stage, inputs, repeat)
 
 

@@ -1,10 +1,12 @@
 """One shard set by itself: of a source of a recipe or of one's own, from scratch or as a further generation.
 
-What is wanted is decided by what the store holds. A set of this very source is found. Where there is one of the same
-settings whose source has only grown since, the new rows become a generation of it. Else a set is made from scratch.
+What is wanted is decided by what the store holds. The newest set of this very source is found. Where there is one of
+the same settings whose source has only grown since, the new rows become a generation of it. Else a set is made from
+scratch.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,9 @@ from typing import Literal
 from vc2.artifacts import ShardSet, find, shard_set_prefix
 from vc2.config import Config
 from vc2.data.config import (
+    ARCHIVES,
+    SOURCE_NAME,
+    TABLES,
     Change,
     FolderSource,
     JourneyDBSource,
@@ -21,6 +26,7 @@ from vc2.data.config import (
     Source,
     TarSource,
     WebVidSource,
+    removal_lists,
     shard_fingerprint,
     source_digest,
 )
@@ -33,8 +39,6 @@ from vc2.storage import Store
 __all__ = ["ShardRequest", "SourceKind", "make_shards", "name_of", "own_source", "ready_source", "unused_repeat"]
 
 SourceKind = Literal["webvid", "laion-coco", "laion-aesthetics", "journeydb", "webdataset", "folder"]
-TABLES = (".csv", ".csv.gz", ".tsv", ".parquet", ".jsonl")
-TARS = (".tar", ".tar.gz", ".tgz")
 
 
 class ShardRequest(Config):
@@ -109,16 +113,19 @@ def make_shards(
     from vc2.data.prepare import prepare
 
     work.mkdir(parents=True, exist_ok=True)
-    change = _change(name, stage, store, request, source, note)
+    now = source_digest(stage.source, work / "digests")
+    change = _change(name, stage, store, request, source, now, note)
     if isinstance(change, ShardSet):
         return change
-    digest = source if source and change is None else source_digest(stage.source)
+    digest = source if source and change is None else now
+    removals = removal_lists(store, stage.source.name)
     return prepare(
         stage,
         store,
         work,
-        fingerprint=shard_fingerprint(name, stage, digest, change=change, repeat=request.repeat),
+        fingerprint=shard_fingerprint(name, stage, digest, change=change, removals=removals, repeat=request.repeat),
         change=change,
+        removals=removals,
         repeat=request.repeat,
         only=range(request.only[0], request.only[1] + 1) if request.only else None,
         progress=progress,
@@ -126,34 +133,45 @@ def make_shards(
 
 
 def _change(
-    name: str, stage: ShardStage, store: Store, request: ShardRequest, source: str, note: Callable[[str], None]
+    name: str,
+    stage: ShardStage,
+    store: Store,
+    request: ShardRequest,
+    source: str,
+    now: str,
+    note: Callable[[str], None],
 ) -> Change | ShardSet | None:
     """The change to an earlier set that is meant; None: a set from scratch; or the finished set itself."""
     from vc2.data.generations import Parent, check_grown, latest_set, retry_reasons
 
-    now = source_digest(stage.source)
     if request.retry or request.remove:
-        parent = latest_set(store, stage, source_digest=None if request.remove else now)
+        parent = latest_set(store, stage)
         if parent is None:
             raise ConfigError(
                 f"{name}: {store.uri} has no finished set of this source in this form; make it first, or look at the "
                 "settings (another form, filter or limit is another set)"
             )
-        note(f"a generation of {parent.uri}")
         if request.remove:
-            return Change(kind="remove", parent=parent.fingerprint, removals=_stored_list(store, request.remove))
+            removals = _stored_list(store, request.remove, stage.source.name)
+            return Change(kind="remove", parent=parent.fingerprint, removals=removals)
         reasons = retry_reasons(Parent.of(store, stage.source.name, parent.fingerprint), request.retry)
+        note(f"a generation of {parent.uri}")
         return Change(kind="retry", parent=parent.fingerprint, reasons=reasons)
-    plain = shard_fingerprint(name, stage, source or now, repeat=request.repeat)
+    removals = removal_lists(store, stage.source.name)
+    plain = shard_fingerprint(name, stage, source or now, removals=removals, repeat=request.repeat)
     prefix = shard_set_prefix(stage.source.name, plain)
-    if request.fresh or source or request.repeat or find(store, prefix, ShardSet) is not None:
+    if request.fresh or source or request.repeat:
         return None
     if (same := latest_set(store, stage, source_digest=now)) is not None:
-        return same
+        return same  # made from scratch, or grown, retried or stripped since
+    if find(store, prefix, ShardSet) is not None:
+        return None
     if (parent := latest_set(store, stage)) is None:
         return None
     try:
-        check_grown(Parent.of(store, stage.source.name, parent.fingerprint), stage)
+        if not check_grown(Parent.of(store, stage.source.name, parent.fingerprint), stage):
+            note("the source has other files than before, but no new rows (--fresh makes a new set)")
+            return parent
     except SourceError as error:
         note(f"from scratch: {error}")
         return None
@@ -161,8 +179,8 @@ def _change(
     return Change(kind="grow", parent=parent.fingerprint)
 
 
-def _stored_list(store: Store, path: str) -> str:
-    """Put a removal list into the store; its sha256."""
+def _stored_list(store: Store, path: str, source: str) -> str:
+    """Put a removal list into the store, for all that is made of this source from now on; its sha256."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -173,6 +191,7 @@ def _stored_list(store: Store, path: str) -> str:
     data = "\n".join(lines).encode()
     sha256 = hashlib.sha256(data).hexdigest()
     store.write(f"objects/{sha256}", data)
+    store.write(f"removals/{source}/{sha256}", b"")
     return sha256
 
 
@@ -197,14 +216,18 @@ def own_source(
         raise ConfigError(f"{place}: no such folder or file, and no source of that name (webvid, laion-coco, jdb)")
     lower = place.lower().rstrip("/")
     if kind is None:
-        is_tars = lower.endswith(TARS) or (local and path.is_dir() and _holds(path, TARS))
+        is_tars = lower.endswith(ARCHIVES) or (local and path.is_dir() and _holds(path, ARCHIVES))
         kind = "webdataset" if is_tars else "folder"
     where = str(path.absolute()) if local else place
     name = name or name_of(place)
+    if re.fullmatch(SOURCE_NAME, name) is None:
+        raise ConfigError(
+            f"--name {name!r}: a name is of a to z, 0 to 9, - and _, at most 64, and begins with neither - nor _"
+        )
     if kind == "webvid":
         return WebVidSource(name=name, table=where)
     if kind in ("laion-coco", "laion-aesthetics"):
-        if lower.endswith(TARS) or (local and path.is_dir() and _holds(path, TARS)):
+        if lower.endswith(ARCHIVES) or (local and path.is_dir() and _holds(path, ARCHIVES)):
             return LaionSource(kind=kind, name=name, archives=where)
         return LaionSource(kind=kind, name=name, table=where)
     if kind == "journeydb":

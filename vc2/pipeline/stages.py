@@ -21,7 +21,7 @@ from vc2.artifacts import (
     shard_set_prefix,
 )
 from vc2.config import digest
-from vc2.data.config import ShardStage, shard_fingerprint
+from vc2.data.config import ShardStage, removal_lists, shard_fingerprint
 from vc2.errors import ConfigError
 from vc2.eval.config import EvaluateStage
 from vc2.pipeline.driver import DAG, PlannedStage, plan
@@ -93,7 +93,15 @@ def _shard(stage: PlannedStage, config: PipelineConfig, store: Store, work: Path
 
     wanted: ShardStage = getattr(config, NODES[stage.name].field)
     with ready_source(config, wanted, work, progress) as ready:
-        made = prepare(ready, store, work, fingerprint=stage.fingerprint, repeat=stage.repeat, progress=progress)
+        made = prepare(
+            ready,
+            store,
+            work,
+            fingerprint=stage.fingerprint,
+            removals=removal_lists(store, wanted.source.name),
+            repeat=stage.repeat,
+            progress=progress,
+        )
     assert made is not None
     return made
 
@@ -115,7 +123,9 @@ def run_shards(
     """
     wanted: ShardStage = getattr(config, NODES[name].field)
     source = digest(config.world.identity()) if config.world else ""
-    found = find(store, shard_set_prefix(wanted.source.name, shard_fingerprint(name, wanted, source)), ShardSet)
+    removals = removal_lists(store, wanted.source.name)
+    plain = shard_fingerprint(name, wanted, source, removals=removals)
+    found = find(store, shard_set_prefix(wanted.source.name, plain), ShardSet)
     if source and found is not None and not (request.retry or request.remove or request.repeat):
         return found
     with ready_source(config, wanted, work, progress) as ready:
