@@ -28,7 +28,9 @@ check: setup  ## lint, format, types
 	@.venv/bin/ruff format --check .
 	@.venv/bin/basedpyright
 
-bench: setup  ## clips/s, images/s, loader samples/s, steps/s; writes benchmarks/results/<date>.json
+bench: setup  ## clips/s, images/s, loader samples/s, steps/s beside their limits; writes benchmarks/results/
+	@$(PYTHON_BIN) -m benchmarks.data
+	@$(PYTHON_BIN) -m benchmarks.loader
 	@$(PYTHON_BIN) -m benchmarks.run
 
 docs: setup  ## the documentation as a site in work/site

@@ -1,11 +1,12 @@
-"""How fast the pipeline is on this machine, each figure beside a limit measured in the same run.
+"""How fast the miniature's shard stage and training are on this machine, beside limits measured in the same run.
 
-`make bench` (`python -m benchmarks.run`) prints the figures and writes `benchmarks/results/<date>.json`.
+`python -m benchmarks.run` prints the figures and writes `benchmarks/results/<date>.json`.
 
-    shard videos   clips/s of the build step on Ray     limit: the same frames decoded and encoded in plain loops
-    shard images   images/s of the build step on Ray    limit: the same pictures decoded and encoded in plain loops
-    loader         samples/s from a step's references   limit: the same bytes read and decoded in a row
-    train          clips/s of two ranks under ZeRO-1    limit: plain torch steps of the same network, a thread a core
+    shard   clips/s of the whole build step on Ray, small clips   limit: a worker's own seconds, Ray aside
+    train   clips/s of two ranks under ZeRO-1                     limit: plain torch steps of the same network, a thread
+                                                                  a core
+
+Data at its real size and beside its peers is in `benchmarks.data`, the loader in `benchmarks.loader`.
 """
 
 import argparse
@@ -41,77 +42,6 @@ class Figure(Config):
     @property
     def ratio(self) -> float:
         return self.value / self.limit
-
-
-def bench_shards(config: PipelineConfig, store: Store, work: Path, field: str) -> tuple[Figure, ShardSet]:
-    """Samples a second of the build step alone, Ray being up and warm."""
-    from vc2.data.prepare import prepare
-
-    stage = getattr(config, field)
-    made = prepare(stage, store, work, fingerprint=fingerprint("bench", 1, stage, {"warm": "up"}))
-    again = stage.evolve(form=stage.form.evolve(jpeg_quality=94))  # another set from the same ledger: the build alone
-    made = prepare(again, store, work, fingerprint=fingerprint("bench", 1, again, {}))
-    manifest = load_manifest(store, made.prefix)
-    value = made.counts["samples"] / manifest.facts["seconds"]["build"]
-    media = stage.source.media
-    with ProcessPoolExecutor(cpu_count()) as pool:
-        rates = list(pool.map(_shard_limit, [(store.uri, manifest.model_dump_json(), media)] * cpu_count()))
-    unit = "clips/s" if media == "video" else "images/s"
-    return Figure(name=f"shard {stage.source.name}", unit=unit, value=value, limit=sum(rates)), made
-
-
-def _shard_limit(job: tuple[str, str, str]) -> float:
-    """Decode, fit and encode in a plain loop: samples a second of one process."""
-    import io
-
-    import numpy as np
-    import pyarrow.parquet as pq
-    from PIL import Image, ImageOps
-
-    from vc2.artifacts import Manifest
-    from vc2.data.config import ShardStage
-    from vc2.data.media import encode_jpeg
-    from vc2.data.video_files import read_video
-
-    uri, text, media = job
-    store, manifest = open_store(uri), Manifest.model_validate_json(text)
-    stage = ShardStage.model_validate(manifest.config)
-    size, quality = (stage.form.width, stage.form.height), stage.form.jpeg_quality
-    plan = pq.read_table(io.BytesIO(store.read(manifest.file("plan.parquet").key))).to_pylist()[:120]
-    ledger = manifest.facts["ledger"]
-    started = time.perf_counter()
-    for slot in plan:
-        if media == "video":
-            frames = read_video(Path(stage.source.videos) / slot["locator"])[0]  # type: ignore[union-attr]
-            pictures = [Image.fromarray(frames[index]) for index in slot["indices"]]
-        else:
-            data = store.read_range(f"{ledger}/{slot['blob']}", slot["offset"], slot["size"])
-            pictures = [Image.open(io.BytesIO(data)).convert("RGB")]
-        for picture in pictures:
-            encode_jpeg(np.asarray(ImageOps.fit(picture, size)), quality)
-    return len(plan) / (time.perf_counter() - started)
-
-
-def bench_loader(store: Store, videos: ShardSet) -> Figure:
-    """Samples a second of the loader in one process, and of reading and decoding the same members in a row."""
-    from vc2.data.config import LoaderConfig
-    from vc2.data.loader import Loader
-    from vc2.data.shards import decode_frames
-
-    loader = Loader(store, [videos], [], LoaderConfig(batch_size=16))
-
-    def through_loader() -> int:
-        refs = [ref for step in range(16) for ref in loader.refs(step)]
-        return sum(len(loader.frames(ref)) > 0 for ref in refs)
-
-    refs = [ref for step in range(16) for ref in loader.refs(step)]
-
-    def in_a_row() -> int:
-        for ref in refs:
-            decode_frames(store.read_range(ref.shard, ref.offset, ref.length), ref.frame_bytes, ref.ending)
-        return len(refs)
-
-    return Figure(name="loader", unit="samples/s", value=_rate(through_loader), limit=_rate(in_a_row))
 
 
 def bench_train(config: PipelineConfig, store: Store, work: Path, videos: ShardSet) -> Figure:
@@ -167,6 +97,34 @@ def _rate(work: Callable[[], int], repeats: int = 3) -> float:
     return statistics.median(rates)
 
 
+def bench_shards(config: PipelineConfig, store: Store, work: Path) -> tuple[Figure, ShardSet]:
+    """Clips a second of the build step on Ray that is up and warm, and of one worker a core that does nothing else."""
+    from vc2.data.build import build_shard
+    from vc2.data.prepare import prepare
+
+    stage = config.webvid
+    prepare(stage, store, work, fingerprint=fingerprint("bench", 1, stage, {"warm": "up"}))
+    again = stage.evolve(form=stage.form.evolve(jpeg_quality=94))  # another set from the same ledger: the build alone
+    made = prepare(again, store, work, fingerprint=fingerprint("bench", 1, again, {}))
+    assert made is not None
+    manifest = load_manifest(store, made.prefix)
+    item = {
+        "config": again.model_dump_json(),
+        "store": store.uri,
+        "work": str(work),
+        "prefix": made.prefix,
+        "ledger": manifest.facts["generations"][0]["ledger"],
+        "generation": 0,
+        "plan_sha256": manifest.file("plan.parquet").sha256,
+    }
+
+    def alone() -> int:
+        return sum(build_shard(item | {"shard": shard, "group": shard})["samples"] for shard in range(4))
+
+    value = made.counts["samples"] / manifest.facts["seconds"]["build"]
+    return Figure(name="shard", unit="clips/s", value=value, limit=_rate(alone) * cpu_count()), made
+
+
 def run(work: Path) -> list[Figure]:
     """All figures; everything made lies in `work`."""
     from vc2.miniature.world import make_world
@@ -176,9 +134,8 @@ def run(work: Path) -> list[Figure]:
     make_world(config.world, world_folder(config.world, work))
     store = open_store(str(work / "store"))
     with ray_session():
-        clips, videos = bench_shards(config, store, work, "webvid")
-        images, _ = bench_shards(config, store, work, "jdb")
-    return [clips, images, bench_loader(store, videos), bench_train(config, store, work, videos)]
+        clips, videos = bench_shards(config, store, work)
+    return [clips, bench_train(config, store, work, videos)]
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """The command line: one clear line and a non-zero exit for whatever is wrong, and names that stay."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vc2.artifacts import Manifest, commit, put_file
-from vc2.cli import main
+from vc2.cli import described, in_a_line, main
 from vc2.storage import LocalStore
 
 COMMANDS = (
@@ -43,6 +45,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["plan", "paper"], "prompts cannot be read"),
         (["show", "nonsense"], "is no URI of an artifact"),
         (["plan", "--store", "ftp://x"], "unknown scheme"),
+        (["shard", ".", "--media", "image", "--dry-run", "--retry", "timeout"], "leave out --retry"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -61,7 +64,11 @@ def test_what_is_wrong_is_said_in_one_line(
 
 
 def test_a_command_line_that_cannot_be_read_exits_with_2() -> None:
-    for arguments in ([], ["fly"], ["run", "--repeat", "-1"], ["train", "both"]):
+    sharding = ["shard", ".", "--media", "image", "--dry-run"]
+    for arguments in (
+        [], ["fly"], ["run", "--repeat", "-1"], ["train", "both"], [*sharding, "--sample", "0"],
+        [*sharding, "--limit", "0"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -71,6 +78,65 @@ def test_an_unwritable_store_is_said_before_anything_runs(tmp_path: Path, capsys
     (tmp_path / "file").write_text("")
     assert main(["run", "--store", str(tmp_path / "file" / "store"), "--work", str(tmp_path / "work")]) == 1
     assert lines_of(capsys) == [f"vc2: {tmp_path}/file/store: a part of this path is a file; choose another place"]
+
+
+def test_what_the_system_refuses_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scratch folder that is a file, and whatever else is no defect of ours: what, where, what to do."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.csv").write_text("file,caption\n")
+    sharding = ["shard", str(tmp_path / "a.csv"), "--media", "image", "--dry-run", "--work"]
+    assert main([*sharding, str(tmp_path / "file")]) == 1
+    assert lines_of(capsys) == [f"vc2: {tmp_path}/file: file exists; choose another place"]
+    assert main([*sharding, str(tmp_path / "file" / "work")]) == 1
+    assert "not a directory; a part of this path is a file" in lines_of(capsys)[-1]
+
+
+def test_sharding_asks_for_no_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The form of the paper's samples is known without what its evaluation needs."""
+    (tmp_path / "a.csv").write_text("file,caption\n")
+    sharding = ["shard", str(tmp_path / "a.csv"), "--media", "image", "--recipe", "paper", "--dry-run", "--work"]
+    assert main([*sharding, str(tmp_path / "work")]) == 1
+    assert "its tables have no rows" in lines_of(capsys)[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space", "/x"), "no space left (/x); make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission denied; let this user"),
+        (OSError("odd"), "odd; check the disk"),
+        (ConnectionError(), "ConnectionError; check the disk"),
+    ],
+)
+def test_every_refusal_has_its_advice(error: OSError, words: str) -> None:
+    assert words in in_a_line(error)
+
+
+def test_a_shard_set_is_told_in_the_order_that_matters() -> None:
+    """Rows with their fates, samples, bytes in a unit; generations, reasons and rates as words, no JSON."""
+    change = {"kind": "retry", "parent": "a" * 64, "reasons": ["timeout"], "removals": ""}
+    generations = [
+        {"fingerprint": "a" * 64, "change": None, "first_shard": 0, "next_shard": 2, "rows": 9, "samples": 5},
+        {"fingerprint": "b" * 64, "change": change, "first_shard": 2, "next_shard": 3, "rows": 9, "samples": 6},
+    ]
+    manifest = Manifest(
+        kind="shard_set", stage="shard", stage_version=1, fingerprint="b" * 64, config={}, inputs={}, files=(),
+        counts={"clips_rejected": 0, "media_bytes": 1_500_000, "near_duplicates": 1, "rows": 9, "rows_duplicate": 1,
+                "rows_rejected": 2, "rows_with_samples": 6, "samples": 6, "shards": 3},
+        facts={"source": "mine", "media": "video", "reasons": {"cut": 1, "timeout": 12}, "generations": generations,
+               "fps_histogram": {"12": 1, "8": 5}, "seconds": {"build": 2.0, "fetch": 1.0}, "archives": []},
+        licenses={"mine": "CC0"},
+    )  # fmt: skip
+    lines = list(described(manifest))
+    assert lines[0] == "shard set of videos: mine"
+    told = [line.partition(" ")[0] for line in lines if line[0] != " "]
+    assert told.index("rows") < told.index("samples") < told.index("near") < told.index("rejects") < told.index("rates")
+    text = "\n".join(lines)
+    assert "9 = 6 with samples + 2 rejected + 1 exact duplicate\n" in text and "6 in 3 shards, 1.5 MB" in text
+    assert text.index("12 timeout") < text.index("1 cut") and "5 at 8 fps, 1 at 12 fps" in text
+    assert "fetch 1 s, build 2 s" in text and "mine: CC0" in text and not set(text) & set("{}[]")
+    assert re.search(r" 0  from scratch +\+5 samples +2 shards", text)
+    assert re.search(r" 1  retry of timeout +\+1 samples +1 shard ", text)
 
 
 def test_the_plan_is_the_same_everywhere_and_says_what_is_done(

@@ -8,9 +8,10 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vc2.progress import Progress
     from vc2.storage import Store
 
-__all__ = ["main"]
+__all__ = ["described", "in_a_line", "main"]
 
 SOURCE_KINDS = ("webvid", "laion-coco", "laion-aesthetics", "journeydb", "webdataset", "folder")
 CONVERT_FORMS = ("vc2", "released", "sd-ldm", "sd-diffusers", "diffusers", "diffusers-full", "checkpoint")
@@ -54,13 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vc2: not enough memory ({error}); ask for less", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(
-            f"vc2: no space left ({error.filename or 'where the output goes'}); make room and try again",
-            file=sys.stderr,
-        )
+        print(f"vc2: {in_a_line(error)}", file=sys.stderr)
         return 1
+
+
+ADVICE = {
+    errno.EACCES: "let this user read and write there, or choose another place",
+    errno.EPERM: "let this user read and write there, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EEXIST: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def in_a_line(error: OSError) -> str:
+    """What the system refused, where, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left ({error.filename or 'where the output goes'}); make room and try again"
+    what = (error.strerror or str(error).strip().rpartition("\n")[2] or type(error).__name__).rstrip(".")
+    advice = ADVICE.get(error.errno or 0, "check the disk and the network; the same command goes on from here")
+    return f"{error.filename}: {what.lower()}; {advice}" if error.filename else f"{what}; {advice}"
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -145,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true")
 
     index = command("index", _index, "Take tars made by others as a shard set, where they are: nothing is copied.")
-    index.add_argument("tars", help="a tar, a folder of tars, or a range such as s3://bucket/{00000..00099}.tar")
+    index.add_argument(
+        "tars", help="a tar, a folder of tars, or a range in quotes, such as 's3://bucket/{00000..00099}.tar'"
+    )
     index.add_argument("--media", choices=["video", "image"], required=True)
     index.add_argument(
         "--recipe", default="miniature", help="where the form of samples comes from (default: miniature)"
@@ -220,7 +240,7 @@ def _shard_options(parser: argparse.ArgumentParser) -> None:
         help="CSV, TSV, Parquet or JSON lines with columns file and caption; else captions are .txt files",
     )
     what.add_argument("--name", help="name of a source of your own (default: that of the folder)")
-    what.add_argument("--limit", type=_count, metavar="N", help="only the first rows of the source")
+    what.add_argument("--limit", type=_positive, metavar="N", help="only the first rows of the source")
     what.add_argument("--shards", type=_span, metavar="A-B", help="build only these; whoever finds all built commits")
     later = parser.add_argument_group("generations: an earlier set stays as it is, a new one holds its tars and more")
     later.add_argument(
@@ -232,7 +252,7 @@ def _shard_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="only say what it would cost and give, judged by a few rows"
     )
     parser.add_argument(
-        "--sample", type=_count, metavar="N", help="rows that --dry-run looks at (default: half a second)"
+        "--sample", type=_positive, metavar="N", help="rows that --dry-run looks at (default: half a second)"
     )
 
 
@@ -303,6 +323,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected a number from 1 up")
+    return number
+
+
 def _stage_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start-at", metavar="STAGE", help="stages before this one must be done")
 
@@ -310,18 +337,30 @@ def _stage_choice(parser: argparse.ArgumentParser) -> None:
 # ---- the DAG ----
 
 
-def _opened(options: argparse.Namespace, prefix: str = "") -> "tuple[PipelineConfig, Store, Path]":
+def _recipe(options: argparse.Namespace, prefix: str = "", *, prompts: bool = True) -> "tuple[PipelineConfig, Path]":
+    """The recipe and the scratch folder. Without `prompts` those of its evaluation need not be there."""
     from vc2.config import parse_settings
+    from vc2.pipeline import recipes
+
+    work = (options.work or recipes.DEFAULT_WORK).absolute()
+    spared = [] if prompts else ["evaluation.prompts_file="]
+    settings = parse_settings([*(f"{prefix}{line}" for line in options.set), *spared])
+    return recipes.resolve(options.recipe, settings, work=work), work
+
+
+def _store(options: argparse.Namespace, work: Path) -> "Store":
     from vc2.pipeline import recipes
     from vc2.storage import open_store
 
-    work = (options.work or recipes.DEFAULT_WORK).absolute()
-    settings = parse_settings(f"{prefix}{line}" for line in options.set)
-    config = recipes.resolve(options.recipe, settings, work=work)
     default = str(work / "store") if options.work and not os.environ.get("VC2_STORE") else recipes.default_store()
     store = open_store(options.store or default)
     store.check()
-    return config, store, work
+    return store
+
+
+def _opened(options: argparse.Namespace, prefix: str = "") -> "tuple[PipelineConfig, Store, Path]":
+    config, work = _recipe(options, prefix)
+    return config, _store(options, work), work
 
 
 def _repeat(
@@ -383,6 +422,7 @@ def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig",
 def _shard(options: argparse.Namespace) -> None:
     from vc2.pipeline import shard, stages
     from vc2.pipeline.driver import FIELDS
+    from vc2.progress import counted
 
     request = shard.ShardRequest(
         retry=tuple(reason.strip() for text in options.retry for reason in text.split(",") if reason.strip()),
@@ -392,27 +432,40 @@ def _shard(options: argparse.Namespace) -> None:
     )
     if request.retry and request.remove:
         raise ConfigError("--retry and --remove make a generation each; give one after the other")
+    if options.dry_run and (request.retry or request.remove):
+        raise ConfigError("--dry-run judges a set made from scratch; leave out --retry and --remove")
     if options.limit is not None:
         options.set.append(f"limit={options.limit}")
     name = f"shard/{options.source}"
+    if options.sample is not None and not options.dry_run:
+        raise ConfigError("--sample is for --dry-run; --limit takes the first rows in earnest")
     if name in FIELDS:
-        config, store, work = _opened(options, prefix=f"{FIELDS[name]}.")
+        own = {"--as": options.kind, "--media": options.media, "--table": options.table, "--name": options.name}
+        if given := [option for option, value in own.items() if value is not None]:
+            raise ConfigError(
+                f"{', '.join(given)}: {options.source} is the source of the recipe; write ./{options.source} for a "
+                "folder of that name, or --set source.table=... for another place"
+            )
+        config, work = _recipe(options, prefix=f"{FIELDS[name]}.", prompts=False)
         if options.dry_run:
             with _progress(options) as progress:
                 with shard.ready_source(config, getattr(config, FIELDS[name]), work, progress) as stage:
                     _estimate(options, stage, work)
             return
+        store = _store(options, work)
         request = request.evolve(repeat=_repeat(options, config, store, name, name))
         with _progress(options) as progress:
             made = stages.run_shards(name, config, store, work, request, progress=progress, note=_note)
         place = options.source
     else:
-        stage, store, work = _own_stage(options)
+        stage, work = _own_stage(options)
         if options.dry_run:
             _estimate(options, stage, work)
             return
+        store = _store(options, work)
         form = stage.form
-        _note(f"form of recipe {options.recipe}: {form.num_frames} frames of {form.width} x {form.height} pixels")
+        frames = counted(form.num_frames, "frame")
+        _note(f"form of recipe {options.recipe}: {frames} of {form.width} x {form.height} pixels")
         name = f"shard/{stage.source.name}"
         repeat = shard.unused_repeat(name, stage, store) if options.force else options.repeat
         with _progress(options) as progress:
@@ -425,23 +478,24 @@ def _shard(options: argparse.Namespace) -> None:
         return
     _say_artifact(options, store, made)
     if not options.json:
-        print(f"to look at it: vc2 show {made.uri} --sheet sheet.html")
-        print(f"to train on it: vc2 run --shards {place}={made.uri}")
+        print(f"to look at it   vc2 show {shlex.quote(made.uri)} --sheet sheet.html")
+        _say_training(options, place, made)
 
 
-def _own_stage(options: argparse.Namespace) -> "tuple[ShardStage, Store, Path]":
+def _own_stage(options: argparse.Namespace) -> "tuple[ShardStage, Path]":
     """A source of the user's own, in the form of the recipe's videos or images."""
     from vc2.config import merge, parse_settings
     from vc2.pipeline.shard import own_source
 
     settings, options.set = parse_settings(options.set), []
     source = own_source(options.source, kind=options.kind, media=options.media, table=options.table, name=options.name)
-    config, store, work = _opened(options)
+    config, work = _recipe(options, prompts=False)
     like = config.webvid if source.media == "video" else config.jdb
-    return merge(like.evolve(source=source), settings), store, work
+    return merge(like.evolve(source=source), settings), work
 
 
 def _estimate(options: argparse.Namespace, stage: "ShardStage", work: Path) -> None:
+    _spare_pandas()
     from vc2.data.estimate import estimate
 
     found = estimate(stage, work, sample=options.sample)
@@ -451,11 +505,35 @@ def _estimate(options: argparse.Namespace, stage: "ShardStage", work: Path) -> N
         print("\n".join(found.lines()))
 
 
+class _NoPandas:
+    """An import hook by which there is no pandas."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+def _spare_pandas() -> None:
+    """pyarrow imports pandas, a second's work, to see whether rows that it is given are pandas' own. In a process that
+    ends after a quick answer none are, so it is told that there is no pandas; Ray Data would need it."""
+    if {"ray", "pandas"} & set(sys.modules):
+        return
+    import pyarrow
+
+    sys.meta_path.insert(0, _NoPandas)  # type: ignore[arg-type]
+    try:
+        pyarrow.array([0])  # it asks once
+    finally:
+        sys.meta_path.remove(_NoPandas)  # type: ignore[arg-type]
+
+
 def _index(options: argparse.Namespace) -> None:
     from vc2.data.foreign import adopt
     from vc2.pipeline.shard import name_of
 
-    config, store, work = _opened(options)
+    config, work = _recipe(options, prompts=False)
+    store = _store(options, work)
     form = (config.webvid if options.media == "video" else config.jdb).form
     with _progress(options) as progress:
         made = adopt(
@@ -470,7 +548,7 @@ def _index(options: argparse.Namespace) -> None:
         )
     _say_artifact(options, store, made)
     if not options.json:
-        print(f"to train on it: vc2 run --shards {'webvid' if options.media == 'video' else 'jdb'}={made.uri}")
+        _say_training(options, "webvid" if options.media == "video" else "jdb", made)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -580,20 +658,7 @@ def _show(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True))
         return
-    print(f"{manifest.kind} made by {manifest.stage} (version {manifest.stage_version})")
-    print(f"created         {manifest.created_at}, in {manifest.seconds:.1f} s")
-    print(f"fingerprint     {manifest.fingerprint}\ncontent digest  {manifest.content_digest}")
-    for title, values in (("counts", manifest.counts), ("facts", manifest.facts), ("licences", manifest.licenses)):
-        if values:
-            print(f"{title}:")
-            for name, value in values.items():
-                print(f"  {name}: {value if isinstance(value, str | int | float) else json.dumps(value)[:200]}")
-    print("made from:" if manifest.inputs else "made from raw data alone")
-    for role, source in manifest.inputs.items():
-        print(f"  {role}: {source.uri}")
-    print(f"files ({len(manifest.files)}):")
-    for entry in manifest.files[:20]:
-        print(f"  {entry.name}  {entry.size} bytes  sha256 {entry.sha256[:12]}")
+    print("\n".join(described(manifest)))
 
 
 def _show_shards(options: argparse.Namespace, store: "Store", manifest: "Manifest") -> None:
@@ -607,14 +672,17 @@ def _show_shards(options: argparse.Namespace, store: "Store", manifest: "Manifes
         print(options.sheet.absolute())
     if options.shards:
         from vc2.data.audit import shard_table
+        from vc2.progress import size_text
 
         lines = shard_table(store, manifest)
         if options.json:
             print(json.dumps(lines, indent=1))
             return
-        print(f"{'shard':>8} {'generation':>10} {'samples':>8} {'bytes':>12}  tar")
+        print(f"{'shard':>8} {'generation':>10} {'samples':>8} {'rejected':>8} {'size':>8}  tar")
         for line in lines:
-            print("{shard:>8} {generation:>10} {samples:>8} {bytes:>12}  {tar}".format(**line))
+            line["rejected"] = "?" if line["rejected"] is None else line["rejected"]
+            line["size"] = size_text(line["bytes"])
+            print("{shard:>8} {generation:>10} {samples:>8} {rejected:>8} {size:>8}  {tar}".format(**line))
 
 
 def _show_video(path: Path, *, as_json: bool) -> None:
@@ -643,8 +711,9 @@ def _verify(options: argparse.Namespace) -> int:
         manifest = load_manifest(store, artifact.prefix)
         wrong[artifact.prefix] = problems = list(verify(store, artifact.prefix))
         if manifest.kind == "shard_set":
-            tars = None if options.samples else {problem.partition(":")[0] for problem in problems}
-            problems += check_samples(store, manifest, tars) if tars is None or tars else ()
+            tars = {name for name in (problem.partition(":")[0] for problem in problems) if name.endswith(".tar")}
+            if tars or options.samples:
+                problems += check_samples(store, manifest, None if options.samples else tars)
         todo += manifest.inputs.values()
     if options.json:
         print(json.dumps(wrong, indent=1))
@@ -799,10 +868,127 @@ def _say_artifact(options: argparse.Namespace, store: "Store", artifact: "Artifa
     if options.json:
         print(json.dumps(artifact.model_dump(mode="json"), indent=1))
         return
+    if artifact.kind == "shard_set":
+        print(f"shard set       {artifact.uri}")
+        print("\n".join(_table(_accounts(artifact.counts))))
+        return
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in artifact.counts.items())
     print(f"{artifact.kind.replace('_', ' ')}: {artifact.uri}{f'  ({counts})' if counts else ''}")
     if page := page_of(store, artifact):
         print(page)
+
+
+def _say_training(options: argparse.Namespace, place: str, made: "Artifact") -> None:
+    """The command that trains on a set in place of a source of the recipe, in the same store."""
+    where = {"--store": options.store, "--work": options.work}
+    words = ["vc2", "run", options.recipe, "--shards", f"{place}={made.uri}"]
+    words += [word for name, value in where.items() if value for word in (name, str(value))]
+    print(f"to train on it  {shlex.join(words)}")
+
+
+def described(manifest: "Manifest") -> Iterator[str]:
+    """An artifact for people: what it is, what is in it, where it comes from."""
+    from vc2.progress import size_text
+
+    facts = dict(manifest.facts)
+    is_set = manifest.kind == "shard_set"
+    if is_set:
+        yield f"shard set of {facts.pop('media', 'sample')}s: {facts.pop('source', 'no name')}"
+    else:
+        yield f"{manifest.kind.replace('_', ' ')} made by {manifest.stage} (version {manifest.stage_version})"
+    made = f"{manifest.created_at[:19].replace('T', ' ')} UTC in {manifest.seconds:.1f} s"
+    lines = [("made", f"{made} by {manifest.stage} (version {manifest.stage_version})" if is_set else made)]
+    lines += (
+        _accounts(manifest.counts) if is_set else ((name, _brief(value)) for name, value in manifest.counts.items())
+    )
+    generations = facts.pop("generations", [])
+    if is_set:
+        reasons = sorted(facts.pop("reasons", {}).items(), key=lambda item: (-item[1], item[0]))
+        lines += [("rejects" if not n else "", f"{count:,} {name}") for n, (name, count) in enumerate(reasons)]
+        rates = sorted(facts.pop("fps_histogram", {}).items(), key=lambda item: int(item[0]))
+        lines += [("rates", ", ".join(f"{count:,} at {fps} fps" for fps, count in rates))] if rates else []
+        spent = facts.pop("seconds", {})
+        steps = sorted(spent, key=["fetch", "plan", "build", *spent].index)
+        lines += [("worked", ", ".join(f"{step} {spent[step]:g} s" for step in steps))] if steps else []
+        facts |= {"settings": facts.pop("asked")} if "asked" in facts else {}
+    lines += [(name.replace("_", " "), text) for name, value in facts.items() if (text := _brief(value))]
+    lines += [("licence", f"{name}: {text}") for name, text in manifest.licenses.items()]
+    lines += [("fingerprint", manifest.fingerprint), ("content digest", manifest.content_digest)]
+    yield from _table(lines)
+    if generations:
+        yield "generations:"
+        yield from _generations(generations)
+    yield "made from:" if manifest.inputs else "made from raw data alone"
+    for role, source in manifest.inputs.items():
+        yield f"  {role}: {source.uri}"
+    yield f"files ({len(manifest.files)}):"
+    for entry in manifest.files[:20]:
+        yield f"  {entry.name:20} {size_text(entry.size):>8}  sha256 {entry.sha256[:12]}"
+    if len(manifest.files) > 20:
+        yield f"  and {len(manifest.files) - 20:,} more"
+
+
+def _table(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for name, text in lines:
+        yield f"{name:15} {text}"
+
+
+ROW_COUNTS = ("rows", "rows_with_samples", "rows_rejected", "rows_duplicate")
+
+
+def _accounts(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The counts of a shard set, what matters most first."""
+    from vc2.progress import counted, size_text
+
+    left = dict(counts)
+    rows, good, rejected, same, samples, shards, size = (
+        left.pop(name, 0) for name in (*ROW_COUNTS, "samples", "shards", "media_bytes")
+    )
+    copies = counted(same, "exact duplicate")
+    yield "rows", f"{rows:,} = {good:,} with samples + {rejected:,} rejected + {copies}"
+    yield "samples", f"{samples:,} in {counted(shards, 'shard')}{f', {size_text(size)}' if size else ''}"
+    for name, more in (
+        ("near_duplicates", "samples that training leaves out"),
+        ("clips_rejected", "of rows that keep others"),
+        ("media_unmatched", "that no row names"),
+    ):
+        if number := left.pop(name, 0):
+            yield name.replace("_", " "), f"{number:,} {more}"
+    for name, number in left.items():
+        yield name.replace("_", " "), f"{number:,}"
+
+
+def _generations(said: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each: what made it, and what it added."""
+    from vc2.progress import counted
+
+    before = 0
+    for number, generation in enumerate(said):
+        change = generation.get("change") or {}
+        how = {
+            "grow": "new rows of the source",
+            "retry": f"retry of {', '.join(change.get('reasons', ()))}",
+            "remove": f"removal list {change.get('removals', '')[:12]}",
+        }.get(change.get("kind", ""), "from scratch")
+        shards = counted(generation["next_shard"] - generation["first_shard"], "shard")
+        samples = generation["samples"] - before
+        before = generation["samples"]
+        yield f"  {number:>2}  {how:30} {samples:>+9,} samples  {shards:>12}  {generation['fingerprint'][:12]}"
+
+
+def _brief(value: Any) -> str:
+    """A fact in a line: of many things the first ones."""
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, dict):
+        parts = [f"{name} {_brief(part)}" for name, part in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [_brief(part) for part in value]
+    else:
+        return "" if value is None else str(value)
+    return ", ".join(parts[:8]) + (f" and {len(parts) - 8:,} more" if len(parts) > 8 else "")
 
 
 def _entry() -> Any:  # pragma: no cover

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
-__all__ = ["Meter", "Progress", "json_progress", "line_progress", "rich_progress", "silent"]
+__all__ = [
+    "Meter",
+    "Progress",
+    "counted",
+    "json_progress",
+    "line_progress",
+    "rich_progress",
+    "silent",
+    "size_text",
+]
 
 
 class Progress(Protocol):
@@ -87,6 +96,19 @@ def _described(done: int | None, total: int | None, figures: dict[str, float | s
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
     ]
     return ", ".join(parts)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 shard, 1,200 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size_text(size: float) -> str:
+    """Bytes in a unit that suits them: 411 kB."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
 
 
 class Meter:
