@@ -91,6 +91,7 @@ def test_from_a_folder_to_a_page_and_back_to_a_byte(vc2: Vc2, mine: Path, tmp_pa
     told = json.loads(vc2("show", f"{uri}#p3"))
     assert told["ledger"]["sha256"] == told["index"]["sha256"] and told["json"]["caption"] == "picture <b>3</b>"
     assert json.loads(vc2("show", f"{uri}#page"))["rejects"][0]["reason"] == "not_media"
+    assert json.loads(vc2("show", f"{uri}#p3.jpg"))["samples"] == ["p3"]
     assert "ok" in vc2("verify", uri)
     tar = Path(told["tar"]["uri"])
     data = bytearray(tar.read_bytes())

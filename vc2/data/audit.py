@@ -192,7 +192,7 @@ def explain(store: Store, manifest: Manifest, key: str) -> dict[str, Any]:
     Args:
         store: Where the set is.
         manifest: Of the set.
-        key: Of a sample, or of a row of the source.
+        key: Of a sample or of a row of the source; or the path or URL by which the source names it.
 
     Returns:
         Of a sample: `key`, `source` (row and locator), `ledger` (what was fetched and found), `plan` (start, stride,
@@ -205,13 +205,16 @@ def explain(store: Store, manifest: Manifest, key: str) -> dict[str, Any]:
     found = _lines(store, manifest, "index.parquet", "key", key)
     if found:
         return _explained(store, manifest, found[0])
-    samples = _lines(store, manifest, "index.parquet", "source_key", key)
-    rejects = _lines(store, manifest, "rejects.parquet", "key", key)
+    samples, rejects = [], []
+    for of_index, of_rejects in (("source_key", "key"), ("locator", "locator")):
+        if not samples and not rejects:
+            samples = _lines(store, manifest, "index.parquet", of_index, key)
+            rejects = _lines(store, manifest, "rejects.parquet", of_rejects, key)
     if not samples and not rejects:
         with stored_table(store, manifest.file("index.parquet").key) as index:
             batches = index.iter_batches(1, columns=["key"], use_threads=False)
             example = next((repr(batch["key"][0].as_py()) for batch in batches if batch.num_rows), "none, it is empty")
-        raise StoreError(f"no sample and no row {key!r} in this set; its keys look like {example} (see index.parquet)")
+        raise StoreError(f"nothing in this set is called {key!r}; its keys look like {example} (see index.parquet)")
     return {"key": key, "samples": [line["key"] for line in samples], "rejects": rejects}
 
 
