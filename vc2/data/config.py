@@ -1,6 +1,8 @@
 """What shard building is asked for: a source, how to fetch it, the form of a sample.
 
-Paths are knobs: what stands in a source's tables is part of the fingerprint by `source_digest`, where they lie is not.
+Paths are knobs: what a source is made of is part of the fingerprint by `source_digest`, which folder it lies in is not.
+The same files on disk and in a bucket do have different digests: of local tables the bytes are read, of remote ones
+the ETag and size are asked for.
 """
 
 import math
