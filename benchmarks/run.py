@@ -24,8 +24,9 @@ from typing import Any
 
 from vc2.artifacts import ShardSet, environment, fingerprint, load_manifest
 from vc2.config import Config
-from vc2.launch import cpu_count, ray_session
+from vc2.launch import cpu_count
 from vc2.pipeline.recipes import PipelineConfig, resolve, world_folder
+from vc2.ray_session import ray_session
 from vc2.storage import Store, open_store
 
 __all__ = ["main"]

@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; a module may import its own part and the floor
 
 DOORS = {  # framework -> where alone it may be imported
     "prefect": ("flows/",),
-    "ray": ("vc2/data/prepare.py", "vc2/launch.py"),
+    "ray": ("vc2/data/prepare.py", "vc2/ray_session.py", "vc2/ray_jobs.py"),
     "deepspeed": ("vc2/train/engine.py",),
     "boto3": ("vc2/storage.py",),
     "botocore": ("vc2/storage.py",),

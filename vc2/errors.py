@@ -1,11 +1,15 @@
 """Errors a person can act on: what was found, what was expected, what to do.
 
 The command line and the flows print a `Vc2Error` as one line, the command line an `OSError` too; anything else is a
-defect and keeps its traceback.
+defect and keeps its traceback. Each says what kind of failure it is, by which whoever started the work decides whether
+to try again (`vc2.failures`).
 """
+
+from typing import Literal
 
 __all__ = [
     "ConfigError",
+    "FailureKind",
     "LaunchFailed",
     "Preempted",
     "PretrainedMissing",
@@ -19,8 +23,13 @@ __all__ = [
 ]
 
 
+FailureKind = Literal["memory", "communication", "data", "store", "preemption", "killed", "code"]
+
+
 class Vc2Error(Exception):
     """Base of all errors whose message is meant for the user."""
+
+    kind: FailureKind = "code"
 
 
 class ConfigError(Vc2Error):
@@ -30,6 +39,8 @@ class ConfigError(Vc2Error):
 class SourceError(Vc2Error):
     """Raw data that is missing as a whole or not in the expected format (single bad rows are rejects instead)."""
 
+    kind: FailureKind = "data"
+
 
 class YieldTooLow(SourceError):
     """Too few rows of a source became samples."""
@@ -38,13 +49,19 @@ class YieldTooLow(SourceError):
 class Unaccounted(Vc2Error):
     """Accounts that do not add up: rows of a source without a fate, or with two."""
 
+    kind: FailureKind = "data"
+
 
 class StoreError(Vc2Error):
     """The store cannot be reached, read or written, or a manifest in it is not what it should be."""
 
+    kind: FailureKind = "store"
+
 
 class ShardCorrupted(StoreError):
     """Bytes in the store differ from what their manifest says."""
+
+    kind: FailureKind = "data"
 
 
 class PretrainedMissing(Vc2Error):
@@ -56,8 +73,14 @@ class WeightsError(Vc2Error):
 
 
 class LaunchFailed(Vc2Error):
-    """Ranks that ended with an error."""
+    """Ranks that ended with an error, told by the one that failed first."""
+
+    def __init__(self, message: str, kind: FailureKind = "code") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Preempted(Vc2Error):
     """The process was asked to stop and left a state to resume from (exit code 75)."""
+
+    kind: FailureKind = "preemption"

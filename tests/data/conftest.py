@@ -77,7 +77,7 @@ def photographs() -> list[Path]:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """One Ray session for all tests of this folder."""
-    from vc2.launch import ray_session
+    from vc2.ray_session import ray_session
 
     with ray_session(2) as address:
         yield address

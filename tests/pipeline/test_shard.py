@@ -12,8 +12,8 @@ from PIL import Image
 
 from vc2.cli import main
 from vc2.errors import ConfigError
-from vc2.launch import ray_session
 from vc2.pipeline.shard import name_of, own_source
+from vc2.ray_session import ray_session
 
 
 def picture(seed: int) -> bytes:

@@ -42,8 +42,9 @@ from vc2.data.rejects import RejectReason
 from vc2.data.sets import Gathered, Job, Removal, commit_set, gather, is_reconsidered
 from vc2.data.sources import Record, read_records
 from vc2.errors import Vc2Error, YieldTooLow
-from vc2.launch import cpu_count, ray_session
+from vc2.launch import cpu_count
 from vc2.progress import Meter, Progress, silent
+from vc2.ray_session import ray_session
 from vc2.storage import Store, open_store
 
 __all__ = ["prepare"]

@@ -197,7 +197,7 @@ def session(
     if not any(stage.name.startswith("shard/") and stage.state != "done" for stage in asked):
         yield
         return
-    from vc2.launch import ray_session, sharing_ray
+    from vc2.ray_session import ray_session, sharing_ray
 
     with ray_session() as address, sharing_ray(address):
         yield

@@ -1,0 +1,290 @@
+"""Ranks on a Ray cluster: a Ray Job that runs Ray Train, whose workers start the ranks.
+
+    flow or command   submits the job, polls it, stops it          JobSubmissionClient, HTTP to the job server
+    Ray Job           `python -m vc2.ray_jobs`, on the cluster     Ray Train; prints what the ranks say
+    train worker      one per rank, placed by Ray                  sets the rank's variables, hands on its lines
+    rank              `python -m vc2.launch rank MODULE URI`       the same process as under any other launcher
+
+The submission id names the work, so whoever lost a job finds it again: a job that is there already is attached to. The
+job lives and dies by itself. When it is stopped, Ray ends its workers, and a rank dies with its worker.
+
+A rank is a process of its own, since it handles signals, exits at once when it fails, and makes its own process group;
+so workers need no process group of theirs, and Ray Train is asked for none.
+"""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vc2.errors import ConfigError, LaunchFailed
+from vc2.failures import RankError, killed_by
+from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, last_lines, rank_environment
+from vc2.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+__all__ = ["RayJob", "is_running", "start_job"]
+
+SERVER = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # environment variables that name the cluster
+PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "VC2_MIRROR", "VC2_OFFLINE")  # no secrets: jobs show them
+SHARE = 20.0  # a log is not asked for again before so many times the seconds that it took
+PROGRESS_EVERY = 1.0  # seconds between two lines of progress of one work in a job's log
+MAIN = "-m vc2.ray_jobs"
+
+
+# ---- the side of the starter ----
+
+
+class RayJob(Job):
+    """A job on the cluster, by its submission id."""
+
+    def __init__(self, client: "JobSubmissionClient", job_id: str) -> None:
+        super().__init__(job_id)
+        self._client, self.job_id = client, job_id
+        self._text, self._read, self._next_look = "", 0, 0.0
+
+    @property
+    def log(self) -> str:
+        return f"ray job logs {self.job_id}"
+
+    def poll(self, progress: Progress = silent) -> int | None:
+        status = self._client.get_job_status(self.job_id)
+        began = time.monotonic()
+        if status.is_terminal() or began >= self._next_look:
+            self._text = self._client.get_job_logs(self.job_id)
+            self._next_look = time.monotonic() + SHARE * (time.monotonic() - began)
+            whole = self._text.rfind("\n") + 1
+            self._hear(self._text[self._read : whole].splitlines(), progress)
+            self._read = max(self._read, whole)
+        if not status.is_terminal():
+            return None
+        if status.value == "STOPPED":
+            self.errors.append(RankError(0, "preemption", f"{self.job_id} was stopped; the same command goes on"))
+        return 0 if status.value == "SUCCEEDED" else 1
+
+    def cancel(self, grace: float = GRACE) -> None:
+        if self._client.get_job_status(self.job_id).is_terminal():
+            return
+        self._client.stop_job(self.job_id)
+        until = time.monotonic() + grace
+        while not self._client.get_job_status(self.job_id).is_terminal() and time.monotonic() < until:
+            time.sleep(0.2)
+
+    def tail(self, lines: int = 15) -> str:
+        return last_lines(self._text, lines)
+
+
+def start_job(module: str, config_uri: str, *, world_size: int, job_id: str, device: str = "auto") -> RayJob:
+    """Start ranks of `python -m module config_uri` on the cluster, or attach to the job of that id.
+
+    Args:
+        module: Importable on all machines of the cluster, as vc2 is.
+        config_uri: That all of them can read.
+        world_size: Ranks; each gets a CPU, and a GPU where the cluster has some.
+        job_id: Submission id.
+        device: `cpu`: no GPUs are taken.
+
+    Raises:
+        ConfigError: If no cluster is named.
+        LaunchFailed: If it does not take the job.
+    """
+    client = _client()
+    if _status(client, job_id) is not None:
+        return RayJob(client, job_id)
+    settings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    command = f"python {MAIN} {shlex.join([module, config_uri, str(world_size), device])}"
+    try:
+        client.submit_job(entrypoint=command, submission_id=job_id, runtime_env={"env_vars": settings})
+    except RuntimeError as error:
+        if _status(client, job_id) is None:  # nor was another starter first
+            raise LaunchFailed(f"{job_id}: the job server refused it ({_first_line(error)})", "communication") from None
+    return RayJob(client, job_id)
+
+
+def is_running(job_id: str) -> bool:
+    """Whether there is such a job that has not ended."""
+    status = _status(_client(), job_id)
+    return status is not None and not status.is_terminal()
+
+
+def _client() -> "JobSubmissionClient":
+    if not any(os.environ.get(name) for name in SERVER):
+        raise ConfigError(f"launcher=ray: no cluster is named; set {SERVER[0]}, for example to http://HEAD:8265")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient()
+    except (ConnectionError, RuntimeError) as error:
+        where = next(os.environ[name] for name in SERVER if os.environ.get(name))
+        raise LaunchFailed(
+            f"launcher=ray: no job server answers at {where} ({_first_line(error)}); it comes with ray[default], "
+            "extra `cluster`",
+            "communication",
+        ) from None
+
+
+def _status(client: "JobSubmissionClient", job_id: str) -> Any:
+    try:
+        return client.get_job_status(job_id)
+    except RuntimeError as error:
+        if "does not exist" in str(error) or "404" in str(error):
+            return None
+        raise LaunchFailed(f"{job_id}: the job server says {_first_line(error)}", "communication") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ---- on the cluster ----
+
+
+class Ears:
+    """An actor that keeps what ranks say until the job prints it: logs of workers come late, or not at all."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        self._lines.append(line)
+
+    def heard(self) -> list[str]:
+        """What was said since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+def run_job(module: str, config_uri: str, world_size: int, device: str) -> int:
+    """Run all ranks and print what they say; the exit code of the job."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    ray.init(log_to_driver=False)
+    use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    ears = ray.remote(num_cpus=0)(Ears).remote()
+    over, printed = threading.Event(), _Printed()
+    speaker = threading.Thread(target=_print_all, args=(ears, over, printed))
+    speaker.start()
+    trainer = DataParallelTrainer(
+        start_rank,
+        train_loop_config={"module": module, "config_uri": config_uri, "ears": ears},
+        scaling_config=ScalingConfig(num_workers=world_size, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name="vc2",
+            storage_path=tempfile.mkdtemp(prefix="vc2-train-"),  # nothing is reported, so nothing lies there
+            failure_config=FailureConfig(max_failures=0),  # whoever submitted the job decides about another attempt
+        ),
+    )
+    failure = None
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failure = error
+    over.set()
+    speaker.join()
+    if failure is None:
+        return 0
+    if not printed.errors:
+        print(failure, flush=True)
+    return PREEMPTED if printed.errors and '"kind": "preemption"' in printed.errors[0] else 1
+
+
+class _Printed:
+    """What a job has said: progress now and then, all else at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self._last: dict[str, float] = {}
+
+    def add(self, line: str) -> None:
+        if line.startswith("@error "):
+            self.errors.append(line)
+        if line.startswith("@progress "):
+            try:
+                said = json.loads(line.partition(" ")[2])
+            except ValueError:
+                return
+            work, now = str(said.get("work")), time.monotonic()
+            if said.get("done") != said.get("total") and now - self._last.get(work, -PROGRESS_EVERY) < PROGRESS_EVERY:
+                return
+            self._last[work] = now
+        print(line, flush=True)
+
+
+def _print_all(ears: Any, over: threading.Event, printed: _Printed) -> None:
+    import ray
+
+    is_last = False
+    while not is_last:
+        is_last = over.wait(0.5)
+        for line in ray.get(ears.heard.remote()):
+            printed.add(line)
+
+
+def start_rank(config: dict[str, Any]) -> None:
+    """On a train worker: meet the others, run the rank, hand on its lines.
+
+    Raises:
+        RuntimeError: If the rank failed.
+    """
+    import ray
+    from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context, ears = get_context(), config["ears"]
+    rank = context.get_world_rank()
+    meeting = f"{ray.util.get_node_ip_address()} {_free_port()}" if rank == 0 else ""
+    address, port = broadcast_from_rank_zero(meeting).split()
+    work = Path(os.environ.get("VC2_WORK") or Path(tempfile.gettempdir()) / "vc2")
+    settings = rank_environment(context.get_local_world_size(), work) | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        PARENT: str(os.getpid()),
+    }
+    if address.startswith("127."):
+        settings["GLOO_SOCKET_IFNAME"] = "lo"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vc2.launch", RANK, config["module"], config["config_uri"]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | settings,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        line = line.rstrip("\n")
+        ray.get(ears.tell.remote(line if line.startswith("@") else f"rank {rank}: {line}"))
+    code = process.wait()
+    if code < 0:
+        said = killed_by(rank, -code, time.time()).as_dict()
+        ray.get(ears.tell.remote(f"@error {json.dumps(said)}"))
+    if code:
+        time.sleep(GRACE / 4)  # Ray Train ends all workers with the first that fails: let others say why they did
+        raise RuntimeError(f"rank {rank} ended with exit code {code}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    from vc2 import ray_jobs  # by its name, so that workers find what they are sent
+
+    sys.exit(ray_jobs.run_job(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))
