@@ -3,6 +3,7 @@
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def test_what_is_written_is_read(any_store: Store) -> None:
     any_store.write("a/b/c", b"once")
     any_store.write("a/b/c", b"again")
     assert any_store.read("a/b/c") == b"again"
+
+
+@pytest.mark.parametrize("sizes", [(), (5,), (3, 9_000_000, 1), (20_000_001, 20_000_001)])
+def test_pieces_of_memory_become_one_object(any_store: Store, tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """However they are cut, small or in many parts; the digest is of what is stored."""
+    whole = os.urandom(1000) * (1 + sum(sizes) // 1000)
+    cuts = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+    pieces = [memoryview(whole)[start:stop] for start, stop in pairwise(cuts)]
+    found = any_store.upload_pieces(pieces, "a/b")
+    assert any_store.download("a/b", tmp_path / "copy", sha256=found.sha256) == found
+    assert (tmp_path / "copy").read_bytes() == whole[: sum(sizes)]
 
 
 def test_of_many_racing_writers_exactly_one_wins(any_store: Store) -> None:

@@ -44,6 +44,8 @@ __all__ = [
     "verify",
 ]
 
+FRESH = 12 * 3600  # seconds in which an object counts as just stored; less than the grace period of `vc2 gc`
+
 Kind = Literal["shard_set", "checkpoint", "sample_set", "scorecard", "report"]
 
 
@@ -197,13 +199,14 @@ def environment() -> dict[str, str]:
 
 
 def put_object(store: Store, path: Path, name: str) -> FileEntry:
-    """Store a local file by its content, once however often it is put."""
+    """Store a local file by its content, once however often it is put; after a while again, so that garbage collection
+    does not take it for old before a manifest names it."""
     from vc2.storage import file_digest
 
     found = file_digest(path)
     key = f"objects/{found.sha256}"
     stored = store.entry(key)
-    if stored is None or stored.size != found.size:
+    if stored is None or stored.size != found.size or store.now() - stored.modified > FRESH:
         store.upload(path, key)
     return FileEntry(name=name, key=key, size=found.size, sha256=found.sha256)
 

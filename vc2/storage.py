@@ -10,10 +10,11 @@ Endpoint and credentials of S3 come from boto3's own environment variables (AWS_
 import base64
 import errno
 import hashlib
+import io
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,18 @@ from typing import Any, Protocol
 
 from vc2.errors import ShardCorrupted, StoreError
 
-__all__ = ["Entry", "FileDigest", "LocalStore", "S3Store", "Store", "file_digest", "join_uri", "located", "open_store"]
+__all__ = [
+    "Entry",
+    "FileDigest",
+    "LocalStore",
+    "S3Store",
+    "Store",
+    "file_digest",
+    "join_uri",
+    "located",
+    "open_store",
+    "write_pieces",
+]
 
 CHUNK = 8 * 2**20  # bytes held in memory at a time by file transfers
 READS = 4  # attempts at an answer of S3 that breaks off
@@ -57,6 +69,53 @@ def file_digest(path: Path) -> FileDigest:
     return FileDigest(size, sha256.hexdigest())
 
 
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileDigest:
+    """Write pieces of memory to a local file, down to the disk; their digest is taken on the way."""
+    hashed = _Hashed(pieces)
+    with open(path, "wb") as file:
+        for piece in hashed:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.digest
+
+
+class _Hashed(io.RawIOBase):
+    """Pieces of memory as a file that can be read once, and the digest of what was read."""
+
+    def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
+        self._pieces = (
+            view[start : start + CHUNK]
+            for view in map(memoryview, pieces)
+            for start in range(0, view.nbytes, CHUNK)
+        )  # fmt: skip
+        self._rest = memoryview(b"")
+        self._sha256, self._size = hashlib.sha256(), 0
+
+    @property
+    def digest(self) -> FileDigest:
+        return FileDigest(self._size, self._sha256.hexdigest())
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = next(self, memoryview(b""))  # type: ignore[call-overload] - an iterator of memory, not lines
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        piece = next(self._pieces)
+        self._sha256.update(piece)
+        self._size += piece.nbytes
+        return piece
+
+
 def join_uri(root: str, key: str) -> str:
     return f"{root.rstrip('/')}/{key}"
 
@@ -84,6 +143,10 @@ class Store(Protocol):
 
     def upload(self, path: Path, key: str) -> FileDigest:
         """Store a local file, in bounded memory."""
+        ...
+
+    def upload_pieces(self, pieces: Iterable[bytes | memoryview], key: str) -> FileDigest:
+        """Store an object out of pieces of memory, copied by no more than a few chunks at a time."""
         ...
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> FileDigest:
@@ -203,6 +266,11 @@ class LocalStore:
             found.append(_copy_through(path, temporary))
 
         self._publish(key, copy, os.replace)
+        return found[0]
+
+    def upload_pieces(self, pieces: Iterable[bytes | memoryview], key: str) -> FileDigest:
+        found = []
+        self._publish(key, lambda temporary: found.append(write_pieces(temporary, pieces)), os.replace)
         return found[0]
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> FileDigest:
@@ -347,9 +415,15 @@ def _check_commits(store: Store) -> None:
 
 
 class S3Store:
-    """A prefix in an S3 bucket, by boto3."""
+    """A prefix in an S3 bucket, by boto3.
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    Args:
+        bucket, prefix: The place.
+        attempts: How often a call is sent, with growing pauses between, until it is an error.
+        patience: Seconds that an answer may take.
+    """
+
+    def __init__(self, bucket: str, prefix: str, *, attempts: int = 6, patience: float = 60) -> None:
         import boto3
         from boto3.s3.transfer import TransferConfig
         from botocore.config import Config as ClientConfig
@@ -360,9 +434,10 @@ class S3Store:
         self._client: Any = boto3.client(
             "s3",
             config=ClientConfig(
-                retries={"mode": "standard", "max_attempts": 6},
-                connect_timeout=10,
-                read_timeout=60,
+                retries={"mode": "standard", "max_attempts": attempts},  # a call ends after 7 minutes at the latest
+                connect_timeout=min(10, patience),
+                read_timeout=patience,
+                tcp_keepalive=True,
                 # Servers other than AWS answer ranged reads with the checksum of the whole object.
                 response_checksum_validation="when_required",
             ),
@@ -401,6 +476,15 @@ class S3Store:
     def upload(self, path: Path, key: str) -> FileDigest:
         found = file_digest(path)
         self._call(key, lambda name: self._client.upload_file(str(path), self.bucket, name, Config=self._transfer))
+        return self._arrived(key, found)
+
+    def upload_pieces(self, pieces: Iterable[bytes | memoryview], key: str) -> FileDigest:
+        hashed = _Hashed(pieces)
+        file = io.BufferedReader(hashed, CHUNK)
+        self._call(key, lambda name: self._client.upload_fileobj(file, self.bucket, name, Config=self._transfer))
+        return self._arrived(key, hashed.digest)
+
+    def _arrived(self, key: str, found: FileDigest) -> FileDigest:
         stored = self.entry(key)
         if stored is None or stored.size != found.size:
             raise StoreError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from vc2.errors import StoreError
 from vc2.train.attempts import (
     Attempt,
     Heartbeat,
@@ -33,7 +34,9 @@ def put_state(run: Run, attempt: int, step: int) -> StateRef:
     key, data = f"{run.state_prefix(ref)}/rank-0-master.safetensors", b"weights of %d/%d" % (attempt, step)
     run.store.write(key, data)
     file = StateFile(name="m", key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rank=0, kind="master")
-    manifest = StateManifest(attempt=attempt, step=step, samples=step, ema_updates=step, layout=LAYOUT, files=(file,))
+    manifest = StateManifest(
+        attempt=attempt, step=step, samples=step, ema_updates=step, updates=step, layout=LAYOUT, files=(file,)
+    )
     run.store.write(f"{run.state_prefix(ref)}/manifest.json", manifest.model_dump_json().encode())
     return ref
 
@@ -91,8 +94,54 @@ def test_a_late_state_of_a_zombie_is_ignored_and_collected(run: Run, claim: Clai
     for step in (5, 6, 7):
         put_state(run, 2, step)
     collect(run, keep=2)
-    assert {(ref.attempt, ref.step) for ref in run.all_states()} == {(2, 6), (2, 7)}
-    assert len(list(run.store.list(f"{run.prefix}/states/"))) == 4
+    assert {(ref.attempt, ref.step) for ref in run.all_states()} == {(1, 4), (2, 6), (2, 7)}
+    assert len(list(run.store.list(f"{run.prefix}/states/"))) == 6
+
+
+def test_retention_keeps_the_newest_the_spaced_the_pinned_and_the_start(run: Run, claim: Claim) -> None:
+    """What is not kept for one of four reasons goes; a pin counts off the chain too, until it is taken away."""
+    claim(run, 1)
+    for step in (2, 4, 5, 7, 8, 10):
+        put_state(run, 1, step)
+    claim(run, 2, start=StateRef(attempt=1, step=7))
+    for step in (9, 11, 12, 13):
+        put_state(run, 2, step)
+    run.pin(StateRef(attempt=1, step=2))
+    run.pin(StateRef(attempt=1, step=8))  # of a zombie
+    collect(run, keep=2, keep_every=5)
+    found = {(ref.attempt, ref.step) for ref in run.all_states()}
+    assert found == {(1, 2), (1, 5), (1, 7), (1, 8), (2, 12), (2, 13)}
+    run.unpin(StateRef(attempt=1, step=8))
+    collect(run, keep=2, keep_every=5)
+    assert {(ref.attempt, ref.step) for ref in run.all_states()} == found - {(1, 8)}
+    with pytest.raises(StoreError, match="no readable manifest"):
+        run.pin(StateRef(attempt=1, step=3))
+
+
+def test_files_of_a_state_that_was_never_committed_are_collected(run: Run, claim: Claim) -> None:
+    """They go once a later state is there; what is still being written stays."""
+    claim(run, 1)
+    put_state(run, 1, 4)
+    for step in (3, 5):
+        run.store.write(f"{run.state_prefix(StateRef(attempt=1, step=step))}/rank-0-master.safetensors", b"half")
+    collect(run, keep=2)
+    steps = {int(entry.key.split("/")[-2]) for entry in run.store.list(f"{run.prefix}/states/")}
+    assert steps == {4, 5}
+
+
+def test_a_claim_whose_answer_was_lost_is_known_as_its_own(run: Run) -> None:
+    """A client that writes again because it heard nothing finds its own claim, and it is its own."""
+    store = run.store
+    write = store.write_if_absent
+
+    def unheard(key: str, data: bytes) -> bool:
+        write(key, data)
+        return write(key, data)
+
+    attempt = Attempt(number=1, start=None, layout=LAYOUT, holder=this_process(), heartbeat_seconds=1)
+    store.write_if_absent = unheard  # type: ignore[method-assign]
+    assert run.claim(attempt)
+    assert not run.claim(attempt)
 
 
 @pytest.mark.parametrize("damage", ["flip", "shorten", "delete", "manifest"])

@@ -4,6 +4,7 @@
       attempts/<n>.json         claimed by a conditional write: attempt n has one holder; names the state it starts from
       attempts/<n>.heartbeat    touched by the holder while it lives
       states/<n>/<step>/        written by attempt n: files first, manifest.json last
+      pins/<n>-<step>           such a state is kept for good
       metrics/<n>-<step>.jsonl  one line per logged step, from the step at which attempt n started
 
 The newest attempt is the writer. Readers follow its *chain*: its own states, then those of the attempt it started from
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,7 @@ from pydantic import ValidationError
 from vc2.artifacts import FileEntry
 from vc2.config import Config
 from vc2.errors import StoreError, Vc2Error
-from vc2.storage import Store
+from vc2.storage import Entry, Store
 from vc2.train.config import Layout
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "StateRef",
     "Superseded",
     "collect",
+    "commit_state",
+    "doomed_keys",
     "is_alive",
     "newest_state",
     "this_process",
@@ -63,6 +67,9 @@ class StateRef(Config):
     attempt: int
     step: int
 
+    def __hash__(self) -> int:
+        return hash((self.attempt, self.step))
+
 
 class Holder(Config):
     """The process that holds an attempt, told apart from every other one as far as the platform allows."""
@@ -83,6 +90,7 @@ class Attempt(Config):
     heartbeat_seconds: float
     damaged: tuple[str, ...] = ()  # states that were newer than `start` but could not be read, and why
     request: dict[str, Any] = {}  # the resolved configuration of the ranks
+    token: str = ""  # drawn by whoever claims: tells its own claim from that of another
 
 
 class StateFile(FileEntry):
@@ -99,7 +107,9 @@ class StateManifest(Config):
     step: int  # optimizer steps taken
     samples: int  # clips seen
     ema_updates: int
+    updates: int  # optimizer steps that changed the weights: all but the skipped ones
     window: tuple[tuple[float, ...], ...] = ()  # steps since the last line of metrics
+    loop: dict[str, float] = {}  # what else the loop remembers
     layout: Layout
     files: tuple[StateFile, ...]
 
@@ -143,13 +153,24 @@ class Run:
 
     def claim(self, attempt: Attempt) -> bool:
         """Become attempt `attempt.number`; False if another process was first."""
+        attempt = attempt.evolve(token=secrets.token_hex(8))
         text = json.dumps(attempt.model_dump(mode="json"), indent=1)
-        return self.store.write_if_absent(f"{self.prefix}/attempts/{attempt.number:04d}.json", text.encode())
+        if self.store.write_if_absent(f"{self.prefix}/attempts/{attempt.number:04d}.json", text.encode()):
+            return True
+        # An answer that got lost on the way makes the store's client write once more, and then find its own write.
+        return self.attempt(attempt.number).token == attempt.token
 
     def ensure_newest(self, number: int) -> None:
-        """Raise `Superseded` unless attempt `number` is still the writer."""
-        if (newest := self.newest()) != number:
+        """Raise `Superseded` unless attempt `number` is still the writer.
+
+        Raises:
+            StoreError: If the attempt itself is gone: a mount that is lost looks like an empty folder.
+        """
+        newest = self.newest()
+        if newest > number:
             raise Superseded(f"{self.prefix}: attempt {newest} has taken over from attempt {number}, which stops")
+        if newest < number:
+            raise StoreError(f"{self.store.uri}/{self.prefix}: attempt {number} is gone; is this the same store?")
 
     def chain(self) -> Iterator[tuple[int, int | None]]:
         """(attempt, last step of it that counts), newest attempt first; None: all its steps count."""
@@ -183,10 +204,58 @@ class Run:
         except (KeyError, ValidationError) as error:
             raise StoreError(f"{self.store.uri}/{key}: no readable manifest ({str(error).splitlines()[0]})") from None
 
+    def pin(self, ref: StateRef) -> None:
+        """Keep a state for good.
+
+        Raises:
+            StoreError: If there is no such state.
+        """
+        self.manifest(ref)
+        self.store.write(self._pin_key(ref), b"")
+
+    def unpin(self, ref: StateRef) -> None:
+        """Let a state go the way of all others."""
+        self.store.delete(self._pin_key(ref))
+
+    def pinned(self) -> set[StateRef]:
+        """States that are kept whatever else is said."""
+        names = (entry.key.rsplit("/", 1)[1] for entry in self.store.list(f"{self.prefix}/pins/"))
+        parts = (name.split("-") for name in names)
+        return {StateRef(attempt=int(attempt), step=int(step)) for attempt, step in parts}
+
+    def kept(self, keep: int, keep_every: int | None) -> set[StateRef]:
+        """States that retention keeps: the newest `keep` on the chain, those of the chain at multiples of `keep_every`
+        steps, the pinned ones, and the one that the newest attempt started from."""
+        chain = list(self.states())
+        start = self.attempt(newest).start if (newest := self.newest()) else None
+        spaced = [ref for ref in chain if keep_every and ref.step % keep_every == 0]
+        return {*chain[:keep], *spaced, *self.pinned(), *filter(None, [start])}
+
+    def _pin_key(self, ref: StateRef) -> str:
+        return f"{self.prefix}/pins/{ref.attempt:04d}-{ref.step:08d}"
+
     def _committed(self, prefix: str) -> Iterator[StateRef]:
         for entry in self.store.list(prefix):
-            if found := re.search(r"/states/(\d+)/(\d+)/manifest\.json$", entry.key):
-                yield StateRef(attempt=int(found[1]), step=int(found[2]))
+            if (ref := _ref_of(entry.key)) and entry.key.endswith("/manifest.json"):
+                yield ref
+
+
+def _ref_of(key: str) -> StateRef | None:
+    """The state that an object belongs to."""
+    found = re.search(r"/states/(\d+)/(\d+)/[^/]+$", key)
+    return StateRef(attempt=int(found[1]), step=int(found[2])) if found else None
+
+
+def commit_state(run: Run, manifest: StateManifest, metrics: tuple[str, bytes]) -> None:
+    """Make a state exist: its files are all there. The training curve, (key, lines), is stored before it.
+
+    Raises:
+        Superseded: If a newer attempt has taken over.
+    """
+    run.ensure_newest(manifest.attempt)
+    run.store.write(*metrics)
+    key = f"{run.state_prefix(manifest.ref)}/manifest.json"
+    run.store.write_if_absent(key, manifest.model_dump_json(indent=1).encode())
 
 
 def newest_state(run: Run, *, at_most: int | None = None) -> tuple[StateManifest | None, list[str]]:
@@ -229,15 +298,29 @@ def _damage(store: Store, file: FileEntry) -> str | None:
     return None
 
 
-def collect(run: Run, keep: int) -> None:
-    """Delete all train states but the newest `keep` on the chain, those of zombies too. For the newest attempt only."""
-    kept = [ref for ref, _ in zip(run.states(), range(keep), strict=False)]
-    for ref in run.all_states():
-        if ref not in kept:
-            prefix = f"{run.state_prefix(ref)}/"
-            run.store.delete(f"{prefix}manifest.json")  # first: a state without one does not exist
-            for entry in list(run.store.list(prefix)):
-                run.store.delete(entry.key)
+def doomed_keys(run: Run, keep: int, keep_every: int | None = None) -> list[Entry]:
+    """What retention does not keep, in the order in which it must go: a state is gone when its manifest is.
+
+    That is committed states, those of zombies included, and files of states that were never committed, unless the
+    newest attempt may still be writing them: those after its last committed state.
+    """
+    entries = [(ref, entry) for entry in run.store.list(f"{run.prefix}/states/") if (ref := _ref_of(entry.key))]
+    committed = {ref for ref, entry in entries if entry.key.endswith("/manifest.json")}
+    kept, newest = run.kept(keep, keep_every), run.newest()
+    last = max((ref.step for ref in committed if ref.attempt == newest), default=-1)
+    doomed = [
+        (ref, entry)
+        for ref, entry in entries
+        if ref not in kept and (ref in committed or ref.attempt < newest or ref.step < last)
+    ]
+    doomed.sort(key=lambda item: (item[0].attempt, item[0].step, not item[1].key.endswith("/manifest.json")))
+    return [entry for _, entry in doomed]
+
+
+def collect(run: Run, keep: int, keep_every: int | None = None) -> None:
+    """Delete all train states but those that retention keeps (`Run.kept`). For the newest attempt only."""
+    for entry in doomed_keys(run, keep, keep_every):
+        run.store.delete(entry.key)
 
 
 # ---- holders ----

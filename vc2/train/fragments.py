@@ -5,18 +5,20 @@ both moments and of the EMA; all four *kinds* are cut alike. On disk a rank and 
 tensor names say what they are, `down.0.conv.weight[0:4096]`, so any number of ranks can read what any other wrote.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vc2.errors import ShardCorrupted
+from vc2.storage import FileDigest, write_pieces
 
-__all__ = ["KINDS", "Fragment", "assemble", "read_fragments", "write_fragments"]
+__all__ = ["KINDS", "Fragment", "assemble", "fragment_pieces", "read_fragments", "write_fragments"]
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
@@ -39,10 +41,26 @@ class Fragment(NamedTuple):
         return cls(name, int(start), int(stop))
 
 
-def write_fragments(path: Path, fragments: Mapping[Fragment, Tensor]) -> None:
-    """Write fragments, (stop - start,) each, to a safetensors file."""
+def fragment_pieces(fragments: Mapping[Fragment, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of float32 fragments, (stop - start,) each, on the CPU: its header, then the
+    memory of the tensors itself. Nothing is copied, so whoever reads them sends a state as it lies in memory."""
+    header, end = {}, 0
+    for fragment, tensor in fragments.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[fragment.key] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in fragments.values():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"a fragment is of {tensor.dtype}; train states are float32")
+        yield tensor.detach().contiguous().numpy().data.cast("B")
+
+
+def write_fragments(path: Path, fragments: Mapping[Fragment, Tensor]) -> FileDigest:
+    """Write fragments, (stop - start,) float32 each, to a safetensors file; its digest is taken on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({fragment.key: tensor.contiguous() for fragment, tensor in fragments.items()}, str(path))
+    return write_pieces(path, fragment_pieces(fragments))
 
 
 def read_fragments(paths: Iterable[Path], wanted: Mapping[Fragment, Tensor]) -> None:
