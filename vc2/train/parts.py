@@ -16,7 +16,9 @@ from vc2.model.autoencoder import Autoencoder
 from vc2.model.bundle import text_tower
 from vc2.model.config import ModelConfig, UNetConfig
 from vc2.model.files import Tensors, open_weights, read_weights
-from vc2.model.partition import group_of
+from vc2.model.lora import add_lora
+from vc2.model.partition import group_of, trainable_names
+from vc2.model.stills import split_taps
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
 from vc2.model.weights import fill_unet, load_sd_unet, looks_like_noise_prediction
@@ -35,6 +37,7 @@ __all__ = [
     "check_unchanged",
     "digest_of_tensors",
     "parameter_counts",
+    "put_learning",
 ]
 
 log = logging.getLogger(__name__)
@@ -76,6 +79,19 @@ def build_unet(request: RankRequest, store: Store, work: Path) -> UNet3D:
                 weights.what,
             )
     return unet
+
+
+def put_learning(unet: UNet3D, request: RankRequest) -> list[str]:
+    """Names of the parameters that learn, in a network at its initial weights; those that training adds are put in
+    place: low-rank updates, or taps split off where images alone are learnt from."""
+    config, strategy = request.stage, request.stage.strategy
+    stills = request.of_stills
+    if strategy.lora is None:
+        if stills and strategy.trainable != "spatial":
+            split_taps(unet)
+        return trainable_names(unet, strategy.trainable, stills=stills)
+    torch.manual_seed(derive_seed(config.seed, "low-rank updates"))
+    return add_lora(unet, strategy.lora, strategy.trainable, stills=stills)
 
 
 def _model_of(manifest: Manifest, unet: UNetConfig) -> ModelConfig:
