@@ -6,6 +6,9 @@ In a convolution A has the kernel of W and B has size 1, the (3, 1, 1) convoluti
 included. The layers are those of peft, put in place inside a `UNet3D`; parameter names stay in their group
 (`vc2.model.partition`), so spatial, temporal and all can be tuned this way as directly.
 
+Tuning on images alone leaves out the layers that say nothing there (`vc2.model.stills`), and convolutions over frames:
+their A has taps for neighbours too, drawn at random, so what B learns at the middle tap would reach the others unseen.
+
 A LoRA file is safetensors: `<our name of the layer>.lora_A.weight` and `.lora_B.weight`, its `LoraConfig` beside them.
 Those that our diffusers pipeline saves (`unet.` before the names, the settings of peft beside them) are read too.
 """
@@ -22,6 +25,7 @@ from vc2.errors import ConfigError, WeightsError
 from vc2.model.config import LoraConfig, LoraTarget
 from vc2.model.files import check_shapes, open_weights, write_weights
 from vc2.model.partition import Trainable, group_of
+from vc2.model.stills import frame_convs, silent_on_stills
 
 __all__ = [
     "add_lora",
@@ -53,12 +57,15 @@ _KINDS: dict[str, LoraTarget] = {
 }
 
 
-def lora_targets(unet: nn.Module, config: LoraConfig, trainable: Trainable) -> list[str]:
+def lora_targets(unet: nn.Module, config: LoraConfig, trainable: Trainable, *, stills: bool = False) -> list[str]:
     """Names of the layers of a `UNet3D` that get an update: of the kinds asked for, in the group asked for.
+
+    With `stills` only those that act on a clip of one frame, and change nothing else of longer ones.
 
     Raises:
         ConfigError: If there are none.
     """
+    left_out = silent_on_stills(unet) | {name for name, _ in frame_convs(unet)} if stills else frozenset[str]()
     names = [
         name
         for name, module in unet.named_modules()
@@ -66,10 +73,12 @@ def lora_targets(unet: nn.Module, config: LoraConfig, trainable: Trainable) -> l
         and ".lora_" not in name
         and _kind(name, module) in config.targets
         and trainable in ("all", group_of(name))
+        and name not in left_out
     ]
     if not names:
         raise ConfigError(
             f"lora.targets={config.targets} with trainable={trainable!r}: this network has no such layers"
+            + (" that images could teach" if stills else "")
         )
     return names
 
@@ -81,8 +90,10 @@ def _kind(name: str, module: nn.Module) -> LoraTarget:
     return _KINDS.get(last, "convolution")
 
 
-def add_lora(unet: nn.Module, config: LoraConfig, trainable: Trainable) -> list[str]:
+def add_lora(unet: nn.Module, config: LoraConfig, trainable: Trainable, *, stills: bool = False) -> list[str]:
     """Put updates into a `UNet3D`, in place. They add zero at first; A is drawn from torch's global generator.
+
+    `stills`: training sees images alone (see `lora_targets`).
 
     Returns:
         Names of the new parameters, in the order of `named_parameters()`: those to train.
@@ -92,7 +103,7 @@ def add_lora(unet: nn.Module, config: LoraConfig, trainable: Trainable) -> list[
     """
     if any(True for _ in _layers(unet)):
         raise ConfigError("this network has LoRA layers already: merge them (merge_lora) before adding others")
-    _inject(unet, config, lora_targets(unet, config, trainable))
+    _inject(unet, config, lora_targets(unet, config, trainable, stills=stills))
     return lora_names(unet)
 
 

@@ -4,6 +4,8 @@
 convolutions and transformers, and the frame rate's embedding. The image-to-video network has a third group, *image*:
 keys and values for image tokens, new but inside the spatial transformers. Every parameter is in exactly one group; in
 the released text-to-video network 865,910,724 values are spatial and 547,373,696 temporal.
+
+Of the temporal ones some cannot act on a clip of one frame (`vc2.model.stills`): images teach them nothing.
 """
 
 from typing import Literal, get_args
@@ -11,6 +13,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from vc2.errors import ConfigError
+from vc2.model.stills import idle_on_stills
 
 __all__ = ["Group", "Trainable", "group_of", "is_temporal", "trainable_names"]
 
@@ -34,19 +37,22 @@ def is_temporal(name: str) -> bool:
     return group_of(name) == "temporal"
 
 
-def trainable_names(unet: nn.Module, trainable: Trainable) -> list[str]:
+def trainable_names(unet: nn.Module, trainable: Trainable, *, stills: bool = False) -> list[str]:
     """Names of the parameters to train, in the order of `named_parameters()`.
 
     Args:
         unet: A `UNet3D`.
         trainable: "all" (image keys and values too), or one group alone.
+        stills: Training sees images alone: leave out what cannot act on them. Convolutions over frames learn by their
+            middle taps only if these were split off before (`vc2.model.stills.split_taps`).
 
     Raises:
         ConfigError: If `trainable` is none of these, or the network has no such parameters.
     """
     if trainable not in get_args(Trainable):
         raise ConfigError(f"trainable={trainable!r}: expected one of {', '.join(get_args(Trainable))}")
-    names = [name for name, _ in unet.named_parameters() if trainable in ("all", group_of(name))]
+    idle = idle_on_stills(unet) if stills else frozenset[str]()
+    names = [name for name, _ in unet.named_parameters() if trainable in ("all", group_of(name)) and name not in idle]
     if not names:
         raise ConfigError(f"trainable={trainable!r}: this network has no {trainable} parameters; choose another group")
     return names

@@ -9,6 +9,9 @@ channels-last memory.
 Sources: Wang et al. 2023 (ModelScope) for the convolution, Chen et al. 2023 (VideoCrafter1) for the transformer.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -20,16 +23,67 @@ __all__ = ["FrameConv", "TemporalBlock", "TemporalConv", "TemporalTransformer"]
 
 
 class FrameConv(nn.Conv3d):
-    """A convolution over neighbouring frames, pixel by pixel: of size (k, 1, 1), padded with zero frames."""
+    """A convolution over neighbouring frames, pixel by pixel: of size (k, 1, 1), padded with zero frames.
+
+    Its weight can be taken apart (`split_taps`), so that only the tap that acts within a frame learns.
+    """
+
+    is_split = False
+    middle: nn.Parameter  # (C_out, C, 1, 1, 1), once taken apart
+    outer: nn.Parameter  # (C_out, C, k - 1, 1, 1), likewise: the taps before and after it
+
+    def split_taps(self) -> None:
+        """Make the middle tap and the others two parameters in place of `weight`. State dicts keep the plain name."""
+        if not self.is_split:
+            self.middle, self.outer = map(nn.Parameter, self._split(self.weight.detach()))
+            self.register_parameter("weight", None)
+            self.is_split = True
+
+    def taps(self) -> Tensor:
+        """All taps, (C_out, C, k, 1, 1), whether or not they are one parameter."""
+        if not self.is_split:
+            return self.weight
+        before = int(self.padding[0])
+        return torch.cat([self.outer[:, :, :before], self.middle, self.outer[:, :, before:]], dim=2)
+
+    def _split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        at = int(self.padding[0])
+        return weight[:, :, at : at + 1].clone(memory_format=torch.contiguous_format), torch.cat(
+            [weight[:, :, :at], weight[:, :, at + 1 :]], dim=2
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C_out, T, H, W), as a 2D convolution over (T, H W): equal numbers, faster."""
-        clip, weight, padding = input.flatten(3), self.weight.squeeze(-1), int(self.padding[0])
+        clip, padding = input.flatten(3), int(self.padding[0])
         if input.shape[2] == 1:  # all neighbours are padding: only the middle tap acts
-            frames = F.conv2d(clip, weight[:, :, padding : padding + 1], self.bias)
+            middle = self.middle if self.is_split else self.weight[:, :, padding : padding + 1]
+            frames = F.conv2d(clip, middle.squeeze(-1), self.bias)
         else:
-            frames = F.conv2d(clip, weight, self.bias, padding=(padding, 0))
+            frames = F.conv2d(clip, self.taps().squeeze(-1), self.bias, padding=(padding, 0))
         return frames.unflatten(3, input.shape[3:])
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_split:
+            del destination[f"{prefix}middle"], destination[f"{prefix}outer"]
+            destination[f"{prefix}weight"] = self.taps() if keep_vars else self.taps().detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.is_split and f"{prefix}weight" in state_dict:
+            middle, outer = self._split(state_dict.pop(f"{prefix}weight"))
+            state_dict |= {f"{prefix}middle": middle, f"{prefix}outer": outer}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class TemporalConv(nn.Module):

@@ -16,6 +16,7 @@ from vc2.data.config import (
     Filters,
     JourneyDBSource,
     LaionSource,
+    LoaderSettings,
     SampleForm,
     ShardStage,
     WebVidSource,
@@ -30,9 +31,10 @@ from vc2.miniature.config import (
     text_config,
     unet_config,
 )
-from vc2.model.config import ModelConfig, SamplerConfig
+from vc2.model.config import ModelConfig, Recompute, SamplerConfig
+from vc2.pipeline.table3 import named_row, row
 from vc2.storage import file_digest
-from vc2.train.config import OptimizerConfig, Strategy, TrainStage
+from vc2.train.config import OptimizerConfig, Strategy, TrainStage, Validation
 
 __all__ = [
     "DEFAULT_WORK",
@@ -79,7 +81,7 @@ EvaluateOverrides = overrides_of(EvaluateStage)
 
 
 def resolve(
-    recipe: str, overrides: Mapping[str, Any] | Config | None = None, *, work: Path = DEFAULT_WORK
+    recipe: str, overrides: Mapping[str, Any] | Config | None = None, *, work: Path = DEFAULT_WORK, table3: str = ""
 ) -> PipelineConfig:
     """The config of a recipe, with settings laid over it.
 
@@ -87,9 +89,10 @@ def resolve(
         recipe: Name of a recipe.
         overrides: Nested settings, or a `PipelineOverrides`.
         work: Work folder; sources that the recipe makes itself lie in it.
+        table3: Name of a row of the paper's Table 3, laid over the recipe before the settings; empty: none.
 
     Raises:
-        ConfigError: If there is no such recipe or a setting does not fit.
+        ConfigError: If there is no such recipe or row, or a setting does not fit.
     """
     if recipe not in get_args(Recipe):
         raise ConfigError(f"no recipe {recipe!r}; the recipes are {', '.join(get_args(Recipe))}")
@@ -98,7 +101,7 @@ def resolve(
         config = miniature(work, merge(WorldConfig(), settings.pop("world", None)))
     else:
         config = single_gpu(work) if recipe == "single_gpu" else paper(work)
-    config = merge(config, settings)
+    config = merge(row(config, named_row(table3)) if table3 else config, settings)
     evaluation = config.evaluation
     if evaluation.prompts_file and not evaluation.prompts:
         return config.evolve(evaluation=evaluation.with_prompts())
@@ -188,15 +191,26 @@ def miniature(work: Path = DEFAULT_WORK, world: WorldConfig = WorldConfig()) -> 
     )
 
 
+WATCHED = (
+    "a red panda eating bamboo in the rain",
+    "an old fisherman mending a net on a pier at dawn, waves behind him",
+    "a sailing boat crossing a calm bay, seen from above",
+    "fireworks over a city at night",
+)
+
+
 def single_gpu(work: Path = DEFAULT_WORK) -> PipelineConfig:
     """The paper's networks and sizes on one 80 GB card: a useful model in days rather than the paper's figures.
 
-    Not run yet; batch and steps are first guesses, checked as configuration only.
+    0.96 M clips instead of 34.6 M, then 0.64 M images instead of 7.7 M. By counted operations at an assumed MFU of 28 %
+    (`vc2 train full --recipe single_gpu --dry-run`): stage 1 takes 7.2 days on an A100, 2.3 on an H100, stage 2 11 and
+    3.5 hours, encoding on the fly included. One rank has nobody to share with, so it runs without ZeRO, whose second
+    copy of the masters would cost 11 GiB. Not run yet: fit and hours are computed, not measured.
     """
     config = paper(work)
     return config.evolve(
-        full=config.full.evolve(batch_size=16, num_steps=60_000, world_size=1, micro_batch=2),
-        spatial=config.spatial.evolve(batch_size=64, num_steps=10_000, world_size=1, micro_batch=8),
+        full=config.full.evolve(batch_size=16, num_steps=60_000, world_size=1, micro_batch=2, zero_stage=0),
+        spatial=config.spatial.evolve(batch_size=64, num_steps=10_000, world_size=1, micro_batch=16, zero_stage=0),
         evaluation=config.evaluation.evolve(world_size=1),
     )
 
@@ -204,20 +218,30 @@ def single_gpu(work: Path = DEFAULT_WORK) -> PipelineConfig:
 def paper(work: Path = DEFAULT_WORK) -> PipelineConfig:
     """VideoCrafter2 as its paper states it: 270K steps at batch 128 on 32 GPUs, then 30K at batch 256 on 8.
 
-    About 3,600 A100 hours for the first stage, estimated from counted operations. Not run: nobody has lent us that.
+    6,200 A100 hours for the first stage (3,900 with samples encoded beforehand), 130 for the second, by counted
+    operations at an assumed MFU of 28 %; docs/scaling.md. Not run: nobody has lent us that. Micro-batches and
+    activation checkpointing are chosen to fit 80 GB cards by the memory model, with a margin for what it leaves out.
     Raw data is looked for in `raw/` beside the work folder; set `webvid.source` and so on to say otherwise.
+
+    The paper does not say how many images joined the videos of stage 1. A step of images in 16 is what trainers of the
+    same family do (as often as a clip has frames). Such a step costs a sixteenth of a step of videos.
     """
     raw = work.parent / "raw"
     video = SampleForm(num_frames=16, width=512, height=320)
     full = TrainStage(
         name="full",
+        model=_recomputing("selective"),
         sd_init="sd21-base",
         batch_size=128,
         image_share=1 / 16,
+        loader=LoaderSettings(holdout=256),
         optimizer=OptimizerConfig(lr=5e-5, warmup_steps=1000),
         num_steps=270_000,
         world_size=32,
+        micro_batch=2,
         device="cuda",
+        validation=Validation(every=2_000, clips=128, prompts=WATCHED),
+        keep_every_steps=10_000,
     )
     return PipelineConfig(
         webvid=ShardStage(
@@ -239,17 +263,24 @@ def paper(work: Path = DEFAULT_WORK) -> PipelineConfig:
         full=full,
         spatial=full.evolve(
             name="spatial",
+            model=_recomputing("none"),
             strategy=Strategy(trainable="spatial"),
             sd_init="",
             batch_size=256,
             image_share=1.0,
             num_steps=30_000,
             world_size=8,
+            micro_batch=16,
         ),
         evaluation=EvaluateStage(
             prompts_file=f"{raw}/evalcrafter/prompts.jsonl", precision="bfloat16", world_size=8, device="cuda"
         ),
     )
+
+
+def _recomputing(level: Recompute) -> ModelConfig:
+    model = ModelConfig()
+    return model.evolve(unet=model.unet.evolve(gradient_checkpointing=level))
 
 
 def world_folder(world: WorldConfig, work: Path) -> Path:
