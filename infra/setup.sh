@@ -31,6 +31,6 @@ say "setup: downloading about 3.6 GB into .venv (7 GB unpacked; the stock torch 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check uv
 UV_CACHE_DIR=${UV_CACHE_DIR:-$PWD/.venv/cache/uv} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} \
-    .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[dev]'
+    .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[dev]'
 printf '%s' "$needed" >.venv/installed
 say "setup: done"

@@ -1,28 +1,42 @@
 """A training stage as its caller sees it: find the finished checkpoint, or become the run's writer and start ranks.
 
 Safe to call again at any time, from any process: a finished run is found, a running one is waited for, a broken one
-goes on from its newest whole state.
+goes on from its newest whole state. What an attempt failed by is written beside it (`attempts/<n>.ended`), and where a
+new one may help it is made.
+
+Who starts the ranks is the launcher's part. Those of `local` are children of the caller and die with it. A `ray` job
+lives on by itself: its first rank keeps the heartbeat (`vc2.train.cluster_rank`), and a caller that was lost comes back
+to the same job. With `env` somebody else has started the ranks, and every one of them is a caller: the first decides
+for all (`vc2.train.member`).
 """
 
 import glob
+import json
+import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from vc2.artifacts import Artifact, Checkpoint, FileEntry, ShardSet, checkpoint_prefix, find, load_manifest, put_object
-from vc2.errors import ConfigError, LaunchFailed, PretrainedMissing
-from vc2.launch import cpu_count, run_ranks
+from vc2.errors import ConfigError, LaunchFailed, Preempted, PretrainedMissing, StoreError, Vc2Error
+from vc2.failures import Retries
+from vc2.launch import cpu_count, start, this_rank, watch
 from vc2.progress import Progress, silent
-from vc2.storage import Store, file_digest
-from vc2.train.attempts import Attempt, Heartbeat, Run, StateManifest, is_alive, newest_state, this_process
+from vc2.storage import Store, file_digest, join_uri
+from vc2.train.attempts import Attempt, Heartbeat, Holder, Run, is_alive, newest_state, this_process
 from vc2.train.config import Layout, TrainStage
+from vc2.train.kept import adopt
+from vc2.train.probe import fitting_micro_batch
 from vc2.train.request import AUTOENCODER, RankRequest
 
-__all__ = ["train"]
+__all__ = ["frozen_autoencoder", "gpu_count", "train"]
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -51,68 +65,239 @@ def train(
         progress: Told about steps.
 
     Raises:
-        ConfigError: If shards or layout do not fit the stage.
-        LaunchFailed: If a rank failed, with its first error.
+        ConfigError: If shards, layout or launcher do not fit the stage.
+        LaunchFailed: If a rank failed and trying again cannot help, or did not, with the first error and its kind.
         Preempted: If the ranks were asked to stop; call again to go on.
     """
-    work = work.resolve()
     videos, images = _by_medium(config, store, shards)
-    run = Run(store, config.name, fingerprint)
     known: dict[str, Artifact] = {**shards, **({"start_from": start_from} if start_from else {})}
+    asked = _Asked(
+        config=_fitted(config),
+        run=Run(store, config.name, fingerprint),
+        work=work.resolve(),
+        videos=videos,
+        images=images,
+        start_from=start_from,
+        inputs=dict(inputs) if inputs is not None else known,
+        repeat=repeat,
+        progress=progress,
+    )
+    return _as_member(asked) if config.launcher == "env" else _as_starter(asked)
+
+
+@dataclass
+class _Asked:
+    """What `train` was called with."""
+
+    config: TrainStage
+    run: Run
+    work: Path
+    videos: tuple[ShardSet, ...]
+    images: tuple[ShardSet, ...]
+    start_from: Checkpoint | None
+    inputs: dict[str, Artifact]
+    repeat: int
+    progress: Progress
+    over: set[int] = field(default_factory=set)  # attempts whose end was seen here, whatever their heartbeat says
+
+    @property
+    def name(self) -> str:
+        return f"train/{self.config.name}"
+
+    def found(self) -> Checkpoint | None:
+        run = self.run
+        return find(run.store, checkpoint_prefix(run.stage, run.fingerprint, self.config.num_steps), Checkpoint)
+
+    def uri(self, attempt: int) -> str:
+        """Where ranks find their request."""
+        return join_uri(self.run.store.uri, f"{self.run.prefix}/attempts/{attempt:04d}.json")
+
+    def tell(self, done: int, **figures: float | str) -> None:
+        self.progress(self.name, done, self.config.num_steps, **figures)
+
+
+def _fitted(config: TrainStage) -> TrainStage:
+    """The stage with as many ranks as somebody else has started."""
+    if config.launcher != "env":
+        return config
+    ranks = this_rank().world_size
+    if config.world_size not in (None, ranks):
+        raise ConfigError(f"launcher=env: WORLD_SIZE is {ranks}, world_size={config.world_size}; leave one of them out")
+    return config.evolve(world_size=ranks)
+
+
+def _next_move(asked: _Asked) -> Checkpoint | RankRequest | float:
+    """What is to be done: nothing, since the checkpoint is there; the work of an attempt; or wait for some seconds."""
+    config, run = asked.config, asked.run
+    if done := asked.found():
+        return done
+    newest = run.newest()
+    if newest and newest not in asked.over:
+        if config.launcher == "ray" and _is_running(run, newest):
+            return RankRequest.load(asked.uri(newest))  # to be attached to
+        if is_alive(run, newest):
+            asked.tell(0, waiting_for=f"attempt {newest}")
+            return min(run.attempt(newest).heartbeat_seconds, 5.0)
+    autoencoder = frozen_autoencoder(config, run.store, asked.work, asked.start_from)
+    _check_latents(asked, autoencoder)
+    adopt(run, asked.work)
+    state, damaged = newest_state(run, at_most=config.num_steps)
+    request = RankRequest(
+        stage=config,
+        store=run.store.uri,
+        work=str(asked.work),
+        fingerprint=run.fingerprint,
+        attempt=newest + 1,
+        start=state.ref if state else None,
+        layout=_layout(asked, newest),
+        videos=asked.videos,
+        images=asked.images,
+        autoencoder=autoencoder,
+        start_from=asked.start_from,
+        inputs=asked.inputs,
+        repeat=asked.repeat,
+    )
+    return request if run.claim(_attempt(request, damaged)) else 0.0
+
+
+def _check_latents(asked: _Asked, autoencoder: FileEntry) -> None:
+    from vc2.train.precompute import check_latents
+
+    sets = (*asked.videos, *asked.images)
+    check_latents(asked.config, asked.run.store, asked.work, sets, autoencoder.sha256)
+
+
+def _as_starter(asked: _Asked) -> Checkpoint:
+    """Start ranks until the checkpoint is there."""
+    retries, run = Retries(asked.config.retries), asked.run
     while True:
-        if done := find(store, checkpoint_prefix(run.stage, fingerprint, config.num_steps), Checkpoint):
-            return done
-        newest = run.newest()
-        if newest and is_alive(run, newest):
-            progress(f"train/{config.name}", 0, config.num_steps, waiting_for=f"attempt {newest}")
-            time.sleep(min(run.attempt(newest).heartbeat_seconds, 5.0))
+        move: Checkpoint | RankRequest | float | None = None
+        try:
+            move = _next_move(asked)
+            if isinstance(move, Checkpoint):
+                return move
+            if isinstance(move, RankRequest):
+                _run_attempt(asked, move)
+            else:
+                time.sleep(move)
+        except (LaunchFailed, StoreError) as failure:
+            if isinstance(move, RankRequest) and _is_overtaken(run, move.attempt):
+                continue  # by another process, which is waited for
+            pause = retries.pause(failure, _reached(run))
+            if pause is None:
+                raise
+            log.warning("%s: %s; a new attempt in %.0f s", asked.name, failure, pause)
+            asked.tell(max(0, _reached(run)), failed=f"{failure.kind}: {failure}", next_attempt_in=f"{pause:.0f} s")
+            time.sleep(pause)
+
+
+def _is_overtaken(run: Run, attempt: int) -> bool:
+    try:
+        return run.newest() != attempt
+    except StoreError:
+        return False
+
+
+def _reached(run: Run) -> int:
+    """Step of the newest state; -1: none, or not known."""
+    try:
+        return next((ref.step for ref in run.states()), -1)
+    except StoreError:
+        return -1
+
+
+def _run_attempt(asked: _Asked, request: RankRequest) -> None:
+    """Start the ranks of an attempt, or attach to them, and wait until they have left their checkpoint."""
+    run, config, work = asked.run, request.stage, asked.work
+    asked.tell(request.start.step if request.start else 0)
+    try:
+        if config.launcher == "ray":
+            _run_on_ray(asked, request)
+        else:
+            with Heartbeat(run, request.attempt, config.heartbeat_seconds):
+                job = start(
+                    "vc2.train.rank",
+                    asked.uri(request.attempt),
+                    world_size=request.layout.world_size,
+                    work=work,
+                    name=f"train-{run.stage}",
+                    environment={"VC2_WORK": str(work)},
+                )
+                watch(job, asked.progress)
+        asked.over.add(request.attempt)
+        if find(run.store, checkpoint_prefix(run.stage, run.fingerprint, config.num_steps), Checkpoint) is None:
+            raise LaunchFailed(f"{asked.name}: the ranks ended without a checkpoint of step {config.num_steps}")
+    except (LaunchFailed, Preempted) as failure:
+        asked.over.add(request.attempt)
+        _record_end(run, request.attempt, failure)
+        raise
+
+
+def _record_end(run: Run, attempt: int, failure: Vc2Error) -> None:
+    """Write beside an attempt what it ended by."""
+    said = {"kind": failure.kind, "message": str(failure), "time": round(run.store.now(), 3)}
+    try:
+        run.store.write_if_absent(f"{run.prefix}/attempts/{attempt:04d}.ended", json.dumps(said, indent=1).encode())
+    except StoreError as error:
+        log.warning("attempt %d: why it ended cannot be written: %s", attempt, error)
+
+
+# ---- ray ----
+
+
+def _job_id(run: Run, attempt: int) -> str:
+    return f"vc2-train-{run.stage}-{run.fingerprint[:12]}-{attempt}"
+
+
+def _is_running(run: Run, attempt: int) -> bool:
+    from vc2.ray_jobs import is_running
+
+    return is_running(_job_id(run, attempt))
+
+
+def _run_on_ray(asked: _Asked, request: RankRequest) -> None:
+    from vc2.ray_jobs import start_job
+
+    job = start_job(
+        "vc2.train.cluster_rank",
+        asked.uri(request.attempt),
+        world_size=request.layout.world_size,
+        job_id=_job_id(asked.run, request.attempt),
+        device=request.stage.device,
+    )
+    watch(job, asked.progress, interval=1.0)
+
+
+# ---- env ----
+
+
+def _as_member(asked: _Asked) -> Checkpoint:
+    """Be one of the ranks that somebody else has started. The first one finds out what to do, the others hear it."""
+    from vc2.train.member import Member
+
+    member, run = Member(asked.config), asked.run
+    while True:
+        move = member.decided(lambda: _as_told(asked, _next_move(asked)))
+        if isinstance(move, float):
+            time.sleep(move)
             continue
-        state, damaged = newest_state(run, at_most=config.num_steps)
-        request = RankRequest(
-            stage=config,
-            store=store.uri,
-            work=str(work),
-            fingerprint=fingerprint,
-            attempt=newest + 1,
-            start=state.ref if state else None,
-            layout=_layout(config, run, newest),
-            videos=videos,
-            images=images,
-            autoencoder=_autoencoder(config, store, work, start_from),
-            start_from=start_from,
-            inputs=dict(inputs) if inputs is not None else known,
-            repeat=repeat,
-        )
-        if run.claim(_attempt(request, damaged)):
-            try:
-                return _run_attempt(run, request, state, work, progress)
-            except LaunchFailed:
-                if run.newest() == request.attempt:
-                    raise  # else another process has taken over: wait for it
+        if isinstance(move, str):
+            request = RankRequest.load(move)
+            beat = Heartbeat(run, request.attempt, request.stage.heartbeat_seconds)
+            ended = partial(_record_end, run, request.attempt)
+            member.work(move, beat, ended=ended, progress=asked.progress)
+        return member.waited_for(asked.found)
 
 
-def _run_attempt(
-    run: Run, request: RankRequest, state: StateManifest | None, work: Path, progress: Progress
-) -> Checkpoint:
-    config = request.stage
-    path = work / "train" / f"{run.stage}-{run.fingerprint[:12]}-{request.attempt:04d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(request.model_dump_json(indent=1))
-    shutil.rmtree(work / "states" / run.fingerprint[:16], ignore_errors=True)  # left by a killed attempt
-    progress(f"train/{run.stage}", state.step if state else 0, config.num_steps)
-    with Heartbeat(run, request.attempt, config.heartbeat_seconds):
-        run_ranks(
-            "vc2.train.rank",
-            str(path),
-            world_size=request.layout.world_size,
-            work=work,
-            name=f"train-{run.stage}",
-            progress=progress,
-        )
-    done = find(run.store, checkpoint_prefix(run.stage, run.fingerprint, config.num_steps), Checkpoint)
-    if done is None:
-        raise LaunchFailed(f"train/{run.stage}: the ranks ended without a checkpoint of step {config.num_steps}")
-    return done
+def _as_told(asked: _Asked, move: Checkpoint | RankRequest | float) -> str | float | None:
+    """A move in plain values: the URI of a request, seconds to wait, or None where all is done."""
+    if isinstance(move, RankRequest):
+        asked.tell(move.start.step if move.start else 0)
+        return asked.uri(move.attempt)
+    return move if isinstance(move, float) else None
+
+
+# ---- what is asked of the ranks ----
 
 
 def _attempt(request: RankRequest, damaged: list[str]) -> Attempt:
@@ -120,11 +305,16 @@ def _attempt(request: RankRequest, damaged: list[str]) -> Attempt:
         number=request.attempt,
         start=request.start,
         layout=request.layout,
-        holder=this_process(),
+        holder=_holder(request),
         heartbeat_seconds=request.stage.heartbeat_seconds,
         damaged=tuple(damaged),
         request=request.model_dump(mode="json"),
     )
+
+
+def _holder(request: RankRequest) -> Holder:
+    """This process; but ranks that outlive it are not dead when it is, so then nobody may look for it."""
+    return this_process().evolve(place="") if request.stage.launcher == "ray" else this_process()
 
 
 def _by_medium(
@@ -144,12 +334,18 @@ def _by_medium(
     return videos, images
 
 
-def _layout(config: TrainStage, run: Run, newest: int) -> Layout:
+def _layout(asked: "_Asked", newest: int) -> Layout:
     """The layout asked for; what is left open is as in the run's newest attempt, or fits this machine."""
+    config, run = asked.config, asked.run
     before = run.attempt(newest).layout if newest else None
-    world_size = config.world_size or (before.world_size if before else _gpu_count(config) or 1)
+    world_size = config.world_size or _open_world_size(config, before)
     share, rest = divmod(config.batch_size, world_size)
-    micro_batch = config.micro_batch or (before.micro_batch if before and before.world_size == world_size else share)
+    micro_batch = config.micro_batch or (before.micro_batch if before and before.world_size == world_size else None)
+    if not (micro_batch or rest) and (gpu_count(config) or config.memory_gib is not None):
+        asked.tell(0, looking_for="a micro-batch that fits")
+        shards = (*asked.videos, *asked.images)
+        micro_batch = fitting_micro_batch(config, run.store, shards, asked.work, world_size)
+    micro_batch = micro_batch or share
     if rest or share % micro_batch:
         raise ConfigError(
             f"batch_size={config.batch_size} is no multiple of world_size x micro_batch = {world_size} x {micro_batch}"
@@ -158,7 +354,26 @@ def _layout(config: TrainStage, run: Run, newest: int) -> Layout:
     return Layout(world_size=world_size, micro_batch=micro_batch, threads=threads)
 
 
-def _gpu_count(config: TrainStage) -> int:
+def _open_world_size(config: TrainStage, before: Layout | None) -> int:
+    """As many ranks as before, or as fewer GPUs allow: the batch stays what it is, states are re-sharded."""
+    gpus = gpu_count(config) if config.launcher == "local" else 0
+    if before is None:
+        if config.launcher == "ray":
+            raise ConfigError(
+                "launcher=ray: how many ranks? Set world_size; this machine cannot see the cluster's GPUs"
+            )
+        return gpus or 1
+    if not 0 < gpus < before.world_size:
+        return before.world_size
+    found = max(number for number in range(1, gpus + 1) if config.batch_size % number == 0)
+    log.warning(
+        "train/%s: %d GPUs here, %d before: going on with %d ranks", config.name, gpus, before.world_size, found
+    )
+    return found
+
+
+def gpu_count(config: TrainStage) -> int:
+    """GPUs of this machine that a stage may use."""
     if config.device == "cpu":
         return 0
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
@@ -166,7 +381,7 @@ def _gpu_count(config: TrainStage) -> int:
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def _autoencoder(config: TrainStage, store: Store, work: Path, start_from: Checkpoint | None) -> FileEntry:
+def frozen_autoencoder(config: TrainStage, store: Store, work: Path, start_from: Checkpoint | None) -> FileEntry:
     """The frozen autoencoder as an object of the store: of the file asked for, or of what training starts from."""
     model = config.model
     if model.autoencoder_path:
