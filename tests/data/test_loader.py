@@ -265,3 +265,26 @@ def test_rows_out_of_order_are_refused(tmp_path: Path, make_set: Any) -> None:
     pq.write_table(pq.read_table(path).take(list(range(7, -1, -1))), path)
     with pytest.raises(StoreError, match="not in order"):
         Loader(store, [videos], [], LoaderConfig(batch_size=4))
+
+
+# ---- what is kept back ----
+
+
+@pytest.mark.parametrize("holdout", [1, 3])
+def test_no_step_ever_sees_a_sample_that_is_held_out(make_loader: Callable[..., Loader], holdout: int) -> None:
+    """Over several epochs all rows come but the last of each set; those are had by another door, at other positions."""
+    loader = make_loader(holdout=holdout)
+    for kind, split in loader.splits.items():
+        seen = {split.ref(position).key for position in range(5 * len(split))}
+        held = loader.held_out(kind)
+        assert len(held) == holdout * len(split.sets) and not seen & {ref.key for ref in held}
+        assert len(seen) + len(held) == sum(len(one.rows) for one in split.sets)
+        assert [ref.position for ref in held] == [-1 - place for place in range(len(held))]
+        assert all(ref.fps in loader.image_fps for ref in held)
+        assert loader.frames(held[0]).shape == loader.frames(split.ref(0)).shape
+
+
+def test_a_set_that_is_held_out_whole_is_refused(make_loader: Callable[..., Loader]) -> None:
+    """Nothing would be left to train on."""
+    with pytest.raises(ConfigError, match="holdout=5 keeps back"):
+        make_loader(holdout=5)

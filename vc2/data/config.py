@@ -302,6 +302,7 @@ class LoaderSettings(Config):
         {}, description="source -> weight among the sources of its kind; empty: each sample as often as any other"
     )
     shuffle_shards: int = Field(8, ge=1, description="shards whose samples are shuffled among each other")
+    holdout: int = Field(0, ge=0, description="samples of each set that are never trained on, kept for validation")
     cache_dir: str | None = knob(
         None,
         description="folder on a local disk for indexes and shards, shared by all ranks; default: in the work folder",

@@ -13,7 +13,10 @@ network, which is always told a rate, never meets one that it was not trained wi
 
 An index may have many millions of rows. It is made once into a file that is memory-mapped, and rows are read from it
 as they are needed. Sets made by `foreign.adopt` point into tars of others: their clips are drawn here, by (seed,
-position), and their pictures fitted to the form of a sample as `vc2 shard` would have done.
+position), and their pictures fitted to the form of a sample as `vc2 shard` would have done. Sets of latents
+(`vc2.train.precompute`) hold what encoders made of the frames: their bytes are handed on as they are.
+
+The last `holdout` rows of every set stand at no position of any epoch: they are for validation alone.
 
 Shapes: T frames, H x W pixels, uint8.
 """
@@ -53,6 +56,7 @@ REPLACEMENTS = 8  # samples that are tried in place of one that cannot be read
 INDEX_VERSION = 1  # of the memory-mapped form
 BATCH_ROWS = 2**16  # rows of its record batches, all but the last
 FORM = ("num_frames", "width", "height")
+LATENTS = "safetensors"  # ending of a member that holds latents
 COLUMNS = ("shard", "key", "offset", "length", "media_sha256", "ending", "frame_bytes", "caption", "fps", *FORM)
 
 
@@ -92,11 +96,17 @@ class _Set:
         self.form = SampleForm.model_validate(manifest.config["form"]) if manifest.stage == FOREIGN else None
         self.media = manifest.facts.get("media", kind)
         self.rows = _Rows(store, manifest.file("index.parquet"), config.cache_dir)
-        self.order = Epochs(self.rows.shard_counts, config.shuffle_shards, config.seed, "order", kind, number)
+        counts = _without_last(self.rows.shard_counts, config.holdout)
+        self.order = Epochs(counts, config.shuffle_shards, config.seed, "order", kind, number)
         self._seed = config.seed
 
     def __len__(self) -> int:
         return self.order.length
+
+    @property
+    def held(self) -> int:
+        """How many samples are kept back."""
+        return len(self.rows) - len(self)
 
     def coming(self, place: int) -> list[FileEntry]:
         """Tars of the window of shards that is read at a place of this set's order, and of the next one."""
@@ -105,7 +115,14 @@ class _Set:
 
     def ref(self, position: int, place: int) -> SampleRef:
         """The sample at `place` of this set's order, which stands at `position` of its kind."""
-        row = self.rows[self.order.row(place)]
+        return self._ref(position, self.order.row(place))
+
+    def held_out(self, position: int, number: int) -> SampleRef:
+        """One of the samples that are kept back, by number, at a position of its own."""
+        return self._ref(position, len(self) + number)
+
+    def _ref(self, position: int, number: int) -> SampleRef:
+        row = self.rows[number]
         clip, fps = None, row["fps"]
         if self.form is not None and self.kind == "video":
             clip = draw(row["key"], row["facts"], self.form, self._seed, position)
@@ -118,13 +135,20 @@ class _Set:
             fps=fps,
             source=self.number,
             shard=self.tars[shard_name(row["shard"])].key,
-            offset=row["offset"],
-            length=row["length"],
+            offset=-1 if row["offset"] is None else row["offset"],
+            length=row["length"] or 0,
             media_sha256=row["media_sha256"],
             ending=row["ending"],
             frame_bytes=tuple(row["frame_bytes"] or ()),
             clip=clip,
         )
+
+
+def _without_last(counts: np.ndarray, rows: int) -> np.ndarray:
+    """Samples of each shard, less the last rows of all; shards of which nothing is left are left out."""
+    ends = np.minimum(np.cumsum(counts), max(0, int(counts.sum()) - rows))
+    left = np.diff(ends, prepend=0)
+    return left[left > 0]
 
 
 class _Rows:
@@ -147,11 +171,14 @@ class _Rows:
         batch, place = divmod(number, BATCH_ROWS)
         return {name: column[place].as_py() for name, column in self._batches[batch].items() if name not in FORM}
 
-    def labels(self) -> Counter[int]:
-        """How often each fps label stands in it."""
+    def __len__(self) -> int:
+        return int(self.shard_counts.sum())
+
+    def labels(self, rows: int) -> Counter[int]:
+        """How often each fps label stands in the first rows."""
         found: Counter[int] = Counter()
-        for batch in self._batches:
-            counts = pc.value_counts(batch["fps"])  # type: ignore[attr-defined]
+        for number, batch in enumerate(self._batches):
+            counts = pc.value_counts(batch["fps"].slice(0, max(0, rows - number * BATCH_ROWS)))  # type: ignore[attr-defined]
             found.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counts})
         return found
 
@@ -209,7 +236,10 @@ class Split:
             if one.media != kind:
                 raise ConfigError(f"{one.uri} is a set of {one.media}s, given as one of {kind}s")
             if not len(one):
-                raise ConfigError(f"{one.uri} has no samples to train on; leave it out, or see its rejects.parquet")
+                rest = f" but the {one.held} that holdout={config.holdout} keeps back" if one.held else ""
+                raise ConfigError(
+                    f"{one.uri} has no samples to train on{rest}; leave it out, or see its rejects.parquet"
+                )
         self._check_forms()
         self._weights = self._weigh(config.weights)
         self._mixture = Mixture(self._weights, config.seed, "mixture", kind)
@@ -222,6 +252,11 @@ class Split:
         number, place = self._mixture.at(position)
         return self.sets[number].ref(position, place)
 
+    def held_out(self) -> list[SampleRef]:
+        """The samples that are kept back, set after set, at the positions -1, -2 and so on."""
+        places = [(one, number) for one in self.sets for number in range(one.held)]
+        return [one.held_out(-1 - place, number) for place, (one, number) in enumerate(places)]
+
     def coming(self, first: int, count: int) -> list[FileEntry]:
         """Tars that are read at some positions, and soon after."""
         places = dict(self._mixture.at(position) for position in range(first, first + count))  # the last of each set
@@ -231,7 +266,7 @@ class Split:
         """How often each fps label comes; in parts of a million where the sets are weighted."""
         shares: dict[int, Fraction] = {}
         for one, weight in zip(self.sets, self._weights, strict=True):
-            for label, count in one.rows.labels().items():
+            for label, count in one.rows.labels(len(one)).items():
                 shares[label] = shares.get(label, Fraction(0)) + weight * Fraction(count, len(one))
         scale = 1 if sum(self._weights) == len(self) else Fraction(10**6) / sum(self._weights)
         return {label: max(1, round(share * scale)) for label, share in sorted(shares.items())}
@@ -350,18 +385,26 @@ class Loader:
             self._cache.bring(self.store, self.splits[kind].coming(first, each))
         return [self._ref(kind, position) for position in range(first, first + each)]
 
+    def held_out(self, kind: Kind) -> list[SampleRef]:
+        """Samples that no step ever sees, `holdout` of each set, at positions below 0; their draws are their own."""
+        return [self._labelled(ref) for ref in self.splits[kind].held_out()]
+
     def frames(self, ref: SampleRef) -> np.ndarray:
-        """Frames of a sample, (T, H, W, 3) uint8, by one read.
+        """Frames of a sample, (T, H, W, 3) uint8, by one read; of a set of latents the bytes that it holds, (n,) uint8.
 
         Raises:
             ShardCorrupted: If the bytes there are not what the index says.
             StoreError: If they cannot be read.
         """
         source = self.splits[ref.kind].sets[ref.source]
+        if ref.offset < 0:
+            raise ShardCorrupted(f"{ref.shard} sample {ref.key}: it was damaged when latents were made of it")
         try:
             data = self._cache.read(self.store, source.by_key[ref.shard], ref.offset, ref.length, ref.media_sha256)
             if source.form is not None:
                 return self._extractor.frames(data, ref.kind, source.form, ref.clip)
+            if ref.ending == LATENTS:
+                return np.frombuffer(data, np.uint8)
             return decode_frames(data, ref.frame_bytes, ref.ending)
         except KeyError:
             raise StoreError(f"{self.store.uri}/{ref.shard} is gone; run `vc2 verify` on the shard set") from None
@@ -399,9 +442,12 @@ class Loader:
         self._extractor.close()
 
     def _ref(self, kind: Kind, position: int) -> SampleRef:
-        ref = self.splits[kind].ref(position)
-        if kind == "video":
+        return self._labelled(self.splits[kind].ref(position))
+
+    def _labelled(self, ref: SampleRef) -> SampleRef:
+        """An image gets the rate that it is told to have."""
+        if ref.kind == "video":
             return ref
-        drawn = derive_seed(self.config.seed, "image fps", position) % int(self._until[-1])
+        drawn = derive_seed(self.config.seed, "image fps", ref.position) % int(self._until[-1])
         label = int(self._labels[np.searchsorted(self._until, drawn, side="right")])
         return replace(ref, fps=label)

@@ -139,6 +139,10 @@ class Prefetch:
         """The frames of a sample now: of one that was expected to be known and is not."""
         return self._pool.submit(self._samples.read, ref).result()
 
+    def restart(self, step: int) -> None:
+        """Forget what was read ahead, and what went wrong with it; the next samples asked for are those of `step`."""
+        self._start(step)
+
     def close(self) -> None:
         """End the threads; what they are at is finished first."""
         self._pool.shutdown(cancel_futures=True)

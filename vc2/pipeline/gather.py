@@ -35,6 +35,7 @@ from vc2.eval.report import (
 from vc2.eval.scorecard import Summary
 from vc2.pipeline.recipes import PipelineConfig
 from vc2.storage import Store
+from vc2.train.precompute import LATENTS
 
 __all__ = ["BEFORE", "REAL", "gather", "judge_by_truth", "real_clips"]
 
@@ -65,7 +66,7 @@ def judge_by_truth(frames: np.ndarray, prompt: Prompt, fps: float) -> Mapping[st
 
 def real_clips(store: Store, shards: Artifact, prompts: Sequence[Prompt]) -> dict[str, Video]:
     """For each prompt, by id, the first clip of a shard set whose caption begins with it."""
-    manifest = load_manifest(store, shards.prefix)
+    manifest = _of_frames(store, load_manifest(store, shards.prefix))
     index = _index(store, manifest, ("caption", "key", "shard", "offset", "length", "frame_bytes", "ending", "fps"))
     tars = _tars(manifest)
     found: dict[str, Video] = {}
@@ -274,7 +275,13 @@ def _tars(manifest: Manifest) -> dict[int, str]:
     return {int(entry.name.removeprefix("shard-").removesuffix(".tar")): entry.key for entry in tars}
 
 
+def _of_frames(store: Store, manifest: Manifest) -> Manifest:
+    """The set itself, or the one that a set of latents was made from."""
+    return load_manifest(store, manifest.inputs["shards"].prefix) if LATENTS in manifest.facts else manifest
+
+
 def _sheet(store: Store, manifest: Manifest) -> ShardSheet:
+    manifest = _of_frames(store, manifest)
     counts = manifest.counts
     tars = _tars(manifest)
     index = _index(store, manifest, ("caption", "shard", "offset", "length", "frame_bytes", "ending", "fps"))
