@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 
+from vc2.artifacts import Manifest, ShardSet, commit, put_file, put_object
+from vc2.data.ledger import parquet_bytes
+from vc2.data.media import Encoded
+from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
 from vc2.launch import Rank
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.config import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
@@ -18,7 +24,7 @@ from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
 from vc2.seeding import derive_seed, generator
-from vc2.storage import LocalStore
+from vc2.storage import LocalStore, Store
 from vc2.train.attempts import Attempt, Run, StateRef, newest_state, this_process
 from vc2.train.config import Layout, OptimizerConfig, TrainStage
 from vc2.train.ema import Ema
@@ -26,6 +32,7 @@ from vc2.train.encode import Batches, Encoders
 from vc2.train.engine import create_engine
 from vc2.train.loop import StopSignal, Trainer
 from vc2.train.metrics import Metrics
+from vc2.train.spikes import Spikes
 from vc2.train.states import StateWriter, restore
 
 UNET = UNetConfig(
@@ -120,9 +127,11 @@ def random_samples() -> type[RandomSamples]:
     return RandomSamples
 
 
-def claim(run: Run, number: int, *, start: StateRef | None = None, seconds: float = 60) -> Attempt:
+def claim(
+    run: Run, number: int, *, start: StateRef | None = None, seconds: float = 60, micro_batch: int = 2
+) -> Attempt:
     """Become attempt `number` of a run."""
-    layout = Layout(world_size=1, micro_batch=2, threads=1)
+    layout = Layout(world_size=1, micro_batch=micro_batch, threads=1)
     attempt = Attempt(number=number, start=start, layout=layout, holder=this_process(), heartbeat_seconds=seconds)
     assert run.claim(attempt)
     return attempt
@@ -142,10 +151,10 @@ def run(tmp_path: Path, stage: TrainStage) -> Run:
 def start_attempt(run: Run, encoders: Encoders, tmp_path: Path) -> Callable[..., Trainer]:
     """Claim the next attempt and make it ready on one rank with plain torch, from the newest state."""
 
-    def start(config: TrainStage, samples: Any = None, run: Run = run) -> Trainer:
+    def start(config: TrainStage, samples: Any = None, run: Run = run, micro_batch: int = 2) -> Trainer:
         number = run.newest() + 1
         state, _ = newest_state(run, at_most=config.num_steps)
-        layout = claim(run, number, start=state.ref if state else None).layout
+        layout = claim(run, number, start=state.ref if state else None, micro_batch=micro_batch).layout
         rank = Rank(0, 1, 0)
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         unet = UNet3D(config.model.unet).train()
@@ -170,6 +179,43 @@ def start_attempt(run: Run, encoders: Encoders, tmp_path: Path) -> Callable[...,
             metrics=Metrics.resumed(state.step, state.window) if state else Metrics(0),
             stop=StopSignal(),
             step=state.step if state else 0,
+            updates=state.updates if state else 0,
+            spikes=Spikes(config.spikes, state.loop if state else None) if config.spikes else None,
         )
 
     return start
+
+
+def put_noise_shards(store: Store, folder: Path, medium: str) -> ShardSet:
+    """A set of six samples of seeded noise, 16 x 16 pixels, as `vc2.data` would have written it."""
+    size, num_frames = 16, 1 if medium == "image" else 4
+    samples, facts = [], {}
+    for number in range(6):
+        key = f"{medium}-{number}"
+        frames = generator(0, "frames", key).integers(0, 256, (num_frames, size, size, 3), dtype="uint8")
+        facts[key] = {"caption": f"{medium} of thing {number}", "fps": 0 if medium == "image" else 8 + number % 3}
+        parts = tuple(simplejpeg.encode_jpeg(frame, 95) for frame in frames)
+        encoded = Encoded("jpg" if medium == "image" else "mjpeg", parts, (), None, 0)
+        samples.append(ShardSample(key, encoded, facts[key]))
+    path = folder / f"{medium}.tar"
+    same = {"shard": 0, "num_frames": num_frames, "width": size, "height": size}
+    rows = [
+        same | {"slot": slot, **place, **facts[place["key"]]} for slot, place in enumerate(write_shard(path, samples))
+    ]
+    prefix = f"shards/{medium}/{medium}"
+    files = (
+        put_object(store, path, shard_name(0)),
+        put_file(store, prefix, "index.parquet", parquet_bytes(pa.Table.from_pylist(rows, SLOTS))),
+    )
+    manifest = Manifest(
+        kind="shard_set", stage="shard", stage_version=1, fingerprint=medium, config={}, inputs={}, files=files,
+        counts={"samples": len(rows)}, facts={"media": medium, "source": medium}, licenses={medium: "made up"},
+    )  # fmt: skip
+    found = commit(store, prefix, manifest)
+    assert isinstance(found, ShardSet)
+    return found
+
+
+@pytest.fixture(scope="session")
+def noise_shards() -> Callable[..., ShardSet]:
+    return put_noise_shards

@@ -147,7 +147,7 @@ def test_a_checkpoint_is_whole_and_says_what_it_is(world: World, unbroken: Check
     assert list(verify(world.store, unbroken.prefix)) == []
     manifest = load_manifest(world.store, unbroken.prefix)
     assert {file.name for file in manifest.files} == {
-        "unet.safetensors", "unet_ema.safetensors", "autoencoder.safetensors", "model.json",
+        "unet.safetensors", "unet_ema.safetensors", "autoencoder.safetensors", "model.json", "README.md",
     }  # fmt: skip
     assert manifest.counts["steps"] == 8 and manifest.counts["samples"] == 32
     assert (
@@ -218,6 +218,40 @@ def test_states_of_two_ranks_go_on_on_one(
     assert losses(world, "a" * 64) == pytest.approx(losses(world, "c" * 64), abs=1e-5)
 
 
+def test_resuming_at_the_end_of_an_epoch_goes_on_with_the_next(
+    world: World, start_attempt: Callable[..., Trainer]
+) -> None:
+    """Six clips in batches of two: a state after three steps is one after an epoch, and no step is lost or doubled."""
+    loader = Loader(world.store, [world.shards["video"]], [], LoaderConfig(batch_size=2, seed=0))
+    stage = world.stage.evolve(world_size=1, batch_size=2, image_share=0.0, num_steps=7)
+    whole, resumed = Run(world.store, "full", "5" * 64), Run(world.store, "full", "6" * 64)
+    start_attempt(stage, loader, run=whole).train()
+    start_attempt(stage.evolve(num_steps=3), loader, run=resumed).train()
+    again = start_attempt(stage, loader, run=resumed)
+    assert again.step == 3
+    again.train()
+    assert losses(world, "6" * 64) == losses(world, "5" * 64) and len(losses(world, "6" * 64)) == 7
+    epochs = [{ref.key for step in steps for ref in loader.refs(step)} for steps in (range(3), range(3, 6))]
+    assert [len(keys) for keys in epochs] == [6, 6]
+
+
+def test_fewer_gpus_go_on_with_the_same_batch(
+    world: World, unbroken: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the number of ranks is left open and a GPU is gone, the next attempt has one rank less and learns the same.
+
+    The GPUs are told by their variable; with none really there, `device=auto` computes on the CPU.
+    """
+    stage = world.stage.evolve(world_size=None, micro_batch=1, device="auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    world.train(stage.evolve(num_steps=5), "4" * 64)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    world.train(stage, "4" * 64)
+    run = Run(world.store, "full", "4" * 64)
+    assert [run.attempt(number).layout.world_size for number in (1, 2)] == [2, 1]
+    assert losses(world, "4" * 64) == pytest.approx(losses(world, "a" * 64)[:8], abs=1e-5)
+
+
 def test_spatial_tuning_keeps_every_temporal_bit(world: World, unbroken: Checkpoint) -> None:
     """Images alone tune the averaged weights of a checkpoint; of the result only spatial parameters differ."""
     stage = world.stage.evolve(name="spatial", strategy=Strategy(trainable="spatial"), image_share=0.0, num_steps=2)
@@ -272,7 +306,7 @@ def test_a_live_attempt_is_waited_for_and_its_result_adopted(
     world: World, claim: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While another process trains, the same call waits, and returns what that process commits."""
-    monkeypatch.setattr("vc2.train.run.run_ranks", lambda *_, **__: pytest.fail("started ranks of its own"))
+    monkeypatch.setattr("vc2.train.run.start", lambda *_, **__: pytest.fail("started ranks of its own"))
     run = Run(world.store, "full", "e" * 64)
     claim(run, 1, seconds=1)
     prefix = checkpoint_prefix("full", "e" * 64, 8)

@@ -1,23 +1,66 @@
 """From samples to what the network reads: latent moments and text features, by the frozen encoders.
 
 Every sample is encoded alone, a batch of one, so its numbers do not depend on what it was grouped with. What was
-encoded is remembered up to a bound: a small world is encoded once. Frames are read ahead (`vc2.data.prefetch`).
+encoded is remembered up to a bound: a small world is encoded once. Frames are read ahead (`vc2.data.prefetch`), and
+fitted to the size of the run's phase.
 """
 
+import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vc2.data.prefetch import Prefetch, Sample, Samples
+from vc2.errors import ConfigError, ShardCorrupted, StoreError
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.text import TextEncoder
+from vc2.train.config import Phase
+from vc2.train.latents import unpack
 from vc2.train.objective import Batch
 
-__all__ = ["Batches", "Encoders"]
+__all__ = ["Batches", "Encoders", "fitted"]
+
+log = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 30.0  # seconds between two attempts at a store that does not answer
+
+
+def fitted(frames: NDArray[np.uint8], phase: Phase) -> NDArray[np.uint8]:
+    """A clip in the size of a phase: the middle frames, scaled to cover the size, the rest cut off evenly.
+
+    Args:
+        frames: (T, H, W, 3) uint8; one frame is an image and stays one.
+
+    Returns:
+        (T', height, width, 3) uint8.
+
+    Raises:
+        ConfigError: If the phase asks for more frames or pixels than there are.
+    """
+    count = 1 if len(frames) == 1 else phase.num_frames or len(frames)
+    height, width = phase.height or frames.shape[1], phase.width or frames.shape[2]
+    if count > len(frames) or height > frames.shape[1] or width > frames.shape[2]:
+        raise ConfigError(
+            f"a phase asks for {count} frames of {width} x {height}, the shards have {len(frames)} of "
+            f"{frames.shape[2]} x {frames.shape[1]}: prepare larger ones, or ask for less"
+        )
+    first = (len(frames) - count) // 2
+    frames = frames[first : first + count]
+    if frames.shape[1:3] == (height, width):
+        return frames
+    scale = max(height / frames.shape[1], width / frames.shape[2])
+    size = max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    pixels = pixels[:, :, top : top + height, left : left + width]
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 class Encoders:
@@ -42,6 +85,11 @@ class Encoders:
             frames: uint8 RGB, (T, H, W, 3); None for a sample that is remembered.
         """
         return self._recall("moments", identity, lambda: self._encode_frames(frames))
+
+    def forget_moments(self) -> None:
+        """Samples are to be encoded anew: their size has changed."""
+        for name in [name for name in self._memory if name[0] == "moments"]:
+            self._bytes -= self._memory.pop(name).nbytes
 
     def text(self, caption: str) -> Tensor:
         """Features of a caption, (L, D), on the CPU."""
@@ -75,6 +123,8 @@ class Batches:
         world_size: Ranks in all.
         threads: That read and decode.
         memory_bytes: Frames that may wait.
+        phase_of: The phase of a step.
+        patience: Seconds for which a store that does not answer is asked again.
     """
 
     def __init__(
@@ -86,22 +136,58 @@ class Batches:
         *,
         threads: int = 1,
         memory_bytes: int = 2**28,
+        phase_of: Callable[[int], Phase] = lambda step: Phase(),
+        patience: float = 0.0,
     ) -> None:
-        self._encoders = encoders
+        self._samples, self._encoders = samples, encoders
+        self._phase_of, self._patience = phase_of, patience
+        self._phase = Phase()
         self._ahead = Prefetch(
             samples, rank, world_size, threads=threads, memory_bytes=memory_bytes, is_known=encoders.remembers
         )
 
     def at(self, step: int) -> Batch:
-        """The batch of a step."""
-        found = [self._moments(*read) for read in self._ahead.at(step)]
-        refs = [ref for ref, _ in found]
+        """The batch of a step.
+
+        Raises:
+            StoreError: If a sample cannot be read and was asked for again as long as patience lasts.
+            ConfigError: If the phase of the step does not fit the samples.
+        """
+        self._enter(step)
+        began, pause = time.monotonic(), 1.0
+        while True:
+            try:
+                return self._batch([self._encoded(*read) for read in self._ahead.at(step)])
+            except ShardCorrupted:
+                raise
+            except StoreError as error:
+                waited = time.monotonic() - began
+                if waited + pause > self._patience:
+                    raise
+                log.warning("step %d waits for its samples since %.0f s: %s", step, waited, error)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            self._ahead.restart(step)
+
+    def of(self, step: int, refs: Sequence[Sample]) -> Batch:
+        """Other samples of one kind than those of the step, in its phase."""
+        self._enter(step)
+        return self._batch([self._encoded(*self._samples.read(ref)) for ref in refs])
+
+    def _enter(self, step: int) -> None:
+        phase = self._phase_of(step)
+        if _size(phase) != _size(self._phase):
+            self._encoders.forget_moments()
+        self._phase = phase
+
+    def _batch(self, found: Sequence[tuple[Sample, Tensor, Tensor]]) -> Batch:
+        refs = [ref for ref, *_ in found]
         return Batch(
             keys=tuple(ref.key for ref in refs),
             kind=refs[0].kind,
             positions=tuple(ref.position for ref in refs),
-            moments=torch.stack([moments for _, moments in found]),
-            text=torch.stack([self._encoders.text(ref.caption) for ref in refs]),
+            moments=torch.stack([moments for _, moments, _ in found]),
+            text=torch.stack([text for *_, text in found]),
             empty_text=self._encoders.text(""),
             fps=torch.tensor([int(ref.fps) for ref in refs]),
         )
@@ -110,8 +196,16 @@ class Batches:
         """End the reading threads."""
         self._ahead.close()
 
-    def _moments(self, ref: Sample, frames: NDArray[np.uint8] | None) -> tuple[Sample, Tensor]:
-        """The sample that serves for `ref` (itself, unless it is damaged) and its moments."""
+    def _encoded(self, ref: Sample, frames: NDArray[np.uint8] | None) -> tuple[Sample, Tensor, Tensor]:
+        """The sample that serves for `ref` (itself, unless it is damaged), its moments and its text."""
         if frames is None and not self._encoders.remembers(ref.identity):  # forgotten since it was looked ahead at
             ref, frames = self._ahead.read(ref)
-        return ref, self._encoders.moments(ref.identity, frames)
+        if frames is not None and frames.ndim == 1:  # encoded beforehand
+            return ref, *unpack(frames)
+        if frames is not None:
+            frames = fitted(frames, self._phase)
+        return ref, self._encoders.moments(ref.identity, frames), self._encoders.text(ref.caption)
+
+
+def _size(phase: Phase) -> tuple[int | None, ...]:
+    return phase.num_frames, phase.height, phase.width

@@ -8,10 +8,11 @@ bf16 means arithmetic under torch's autocast on float32 weights, so frozen weigh
 Source: Rajbhandari et al. 2020 (ZeRO).
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -23,17 +24,31 @@ from vc2.launch import this_rank
 from vc2.train.config import TrainStage
 from vc2.train.fragments import Fragment
 
-__all__ = ["DeepSpeedEngine", "Engine", "PlainEngine", "create_engine", "join_ranks", "leave_ranks", "sum_over_ranks"]
+__all__ = [
+    "DeepSpeedEngine",
+    "Engine",
+    "PlainEngine",
+    "create_engine",
+    "gather_objects",
+    "join_ranks",
+    "leave_ranks",
+    "sum_over_ranks",
+]
 
 BUCKET = 2**27  # gradient elements reduced at once, at most
-RANK_TIMEOUT = timedelta(minutes=30)  # silence after which a lost rank is an error
+RANK_TIMEOUT = timedelta(minutes=5)  # after a hang, until a collective fails by itself
 
 
-def join_ranks(device: torch.device) -> None:
-    """Meet the other ranks: gloo between CPUs, NCCL between GPUs. A process that nobody launched stays alone."""
-    if "RANK" in os.environ:
+def join_ranks(device: torch.device, patience: float) -> None:
+    """Meet the other ranks: gloo between CPUs, NCCL between GPUs. A process that nobody launched stays alone.
+
+    Args:
+        device: That this rank computes on.
+        patience: Seconds that a step may take. Who watches for hangs speaks first, the collectives a little later.
+    """
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(backend, timeout=RANK_TIMEOUT)
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=patience) + RANK_TIMEOUT)
 
 
 def leave_ranks() -> None:
@@ -49,6 +64,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     return total.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank has to say, by rank; for rare and small things."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 class Engine(ABC):
@@ -78,21 +102,64 @@ class Engine(ABC):
         """This rank's part of "master", "exp_avg" or "exp_avg_sq", flat float32; shared, not copied."""
 
     @abstractmethod
-    def _publish(self, num_steps: int) -> None:
-        """Make loaded masters the weights of every rank, and go on after `num_steps` steps."""
+    def _gradient(self) -> Tensor:
+        """This rank's part of the averaged gradient between the last `backward` and `step`, laid out like a shard."""
+
+    @abstractmethod
+    def _count(self, num_updates: int) -> None:
+        """Go on as after `num_updates` updates."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Make the masters the weights of every rank."""
 
     def fragments(self, shard: Tensor) -> dict[Fragment, Tensor]:
         """A shard, or anything laid out like one, by what its elements belong to; views."""
         return {fragment: shard[at : at + fragment.stop - fragment.start] for fragment, at in self._offsets.items()}
 
-    def load_fragments(self, kinds: Mapping[str, Mapping[Fragment, Tensor]], num_steps: int) -> None:
-        """Take masters and moments of this rank's fragments, as they were after `num_steps` steps."""
+    def grad_norms(self, group_of: Callable[[str], str]) -> dict[str, float]:
+        """Norms of the gradient by group of parameters, before clipping; between the last `backward` and `step`.
+
+        All ranks must ask at the same step.
+        """
+        squares: dict[str, float] = {}
+        for fragment, piece in self.fragments(self._gradient()).items():
+            group = group_of(fragment.name)
+            squares[group] = squares.get(group, 0.0) + float(piece.detach().double().square().sum())
+        shares = gather_objects(squares)
+        groups = sorted({group for share in shares for group in share})
+        return {group: math.sqrt(sum(share.get(group, 0.0) for share in shares)) for group in groups}
+
+    @contextmanager
+    def showing(self, shard: Tensor) -> Iterator[None]:
+        """All ranks compute with other weights for a while: those of `shard`, laid out like the master."""
+        master = self.shard("master")
+        kept = master.clone()
+        master.copy_(shard)
+        self._publish()
+        try:
+            yield
+        finally:
+            master.copy_(kept)
+            self._publish()
+
+    def load_fragments(self, kinds: Mapping[str, Mapping[Fragment, Tensor]], num_updates: int) -> None:
+        """Take masters and moments of this rank's fragments, as they were after `num_updates` updates."""
         for kind, values in kinds.items():
             for fragment, view in self.fragments(self.shard(kind)).items():
                 view.copy_(values[fragment])
-        self._publish(num_steps)
+        self._count(num_updates)
+        self._publish()
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+    def load_shards(self, shards: Mapping[str, Tensor], num_updates: int) -> None:
+        """Take masters and moments laid out as they are here, as they were after `num_updates` updates."""
+        for kind, values in shards.items():
+            self.shard(kind).copy_(values)
+        self._count(num_updates)
+        self._publish()
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The arithmetic of training, for passes outside of it."""
         return torch.autocast(device.type, torch.bfloat16) if self._precision == "bf16" else nullcontext()
 
 
@@ -119,7 +186,7 @@ class PlainEngine(Engine):
         self._optimizer = _adamw([self._master], config)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, fps: Tensor) -> Tensor:
-        with self._autocast(self._device):
+        with self.autocast(self._device):
             return self.module(latents, timesteps, text, fps=fps)
 
     def backward(self, loss: Tensor) -> None:
@@ -142,8 +209,15 @@ class PlainEngine(Engine):
     def shard(self, kind: str) -> Tensor:
         return self._master.data if kind == "master" else _moments(self._optimizer, self._master)[kind]
 
-    def _publish(self, num_steps: int) -> None:
-        _moments(self._optimizer, self._master)["step"].fill_(num_steps)
+    def _gradient(self) -> Tensor:
+        assert self._master.grad is not None
+        return self._master.grad
+
+    def _count(self, num_updates: int) -> None:
+        _moments(self._optimizer, self._master)["step"].fill_(num_updates)
+
+    def _publish(self) -> None:
+        pass  # parameters are views of the master
 
 
 class DeepSpeedEngine(Engine):
@@ -154,7 +228,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         super().__init__(config.precision)
         self._device = next(iter(trainable.values())).device
-        deepspeed = _import_deepspeed(self._device)
+        deepspeed = import_deepspeed(self._device)
         rank = this_rank()
         size = sum(parameter.numel() for parameter in trainable.values())
         engine, *_ = deepspeed.initialize(
@@ -189,7 +263,7 @@ class DeepSpeedEngine(Engine):
                 self._offsets[fragment] = link.hp_fragment_address.start
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, fps: Tensor) -> Tensor:
-        with self._autocast(self._device):
+        with self.autocast(self._device):
             return self._engine(latents, timesteps, text, fps=fps)
 
     def backward(self, loss: Tensor) -> None:
@@ -206,8 +280,17 @@ class DeepSpeedEngine(Engine):
     def shard(self, kind: str) -> Tensor:
         return self._flat_master.data if kind == "master" else _moments(self._zero.optimizer, self._flat_master)[kind]
 
-    def _publish(self, num_steps: int) -> None:
-        _moments(self._zero.optimizer, self._flat_master)["step"].fill_(num_steps)
+    def _gradient(self) -> Tensor:
+        pieces = self._zero.averaged_gradients[0]
+        gradient = torch.zeros_like(self._flat_master)
+        flat = torch.cat([piece.detach().flatten() for piece in pieces])
+        gradient[: len(flat)] = flat[: len(gradient)]  # the last shard is filled up to the size of the others
+        return gradient
+
+    def _count(self, num_updates: int) -> None:
+        _moments(self._zero.optimizer, self._flat_master)["step"].fill_(num_updates)
+
+    def _publish(self) -> None:
         self._zero.update_lp_params()
 
 
@@ -245,7 +328,7 @@ def has_deepspeed() -> bool:
     return find_spec("deepspeed") is not None
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     import deepspeed.ops

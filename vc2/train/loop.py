@@ -2,34 +2,56 @@
 
 All ranks agree once per step, in one small reduction, on the step's figures, on whether somebody was asked to stop, and
 on whether a state is due; so they always do the same things in the same order.
+
+A step whose gradient is no number is *skipped*: nothing is learnt from its batch, the step counts all the same, and
+after too many in a row the run ends. So a step is a batch that was looked at, an *update* one that was learnt from.
 """
 
+import logging
 import math
+import resource
 import signal
+import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 
-from vc2.errors import Preempted, Vc2Error
+from vc2.errors import FailureKind, Preempted, StoreError, Vc2Error
 from vc2.launch import Rank, report
+from vc2.model.partition import group_of
 from vc2.model.schedule import NoiseSchedule
 from vc2.seeding import derive_seed
 from vc2.train.attempts import Run
+from vc2.train.clock import Clock
 from vc2.train.config import Layout, TrainStage
+from vc2.train.curves import Curves
 from vc2.train.ema import Ema
 from vc2.train.encode import Batches
-from vc2.train.engine import Engine, sum_over_ranks
-from vc2.train.metrics import Metrics, StepFigures
-from vc2.train.objective import Batch, draw, micro_batches, predict_noise_loss
+from vc2.train.engine import Engine, gather_objects, sum_over_ranks
+from vc2.train.metrics import QUARTILES, Metrics, StepFigures
+from vc2.train.objective import Batch, draw, micro_batches, predict_noise_losses
+from vc2.train.spikes import Spikes
 from vc2.train.states import StateWriter
+from vc2.train.stragglers import Stragglers
+from vc2.train.validate import Validator
+from vc2.train.watchdog import Watchdog
 
 __all__ = ["NonFiniteLoss", "StopSignal", "Trainer"]
 
+log = logging.getLogger(__name__)
+
+GRACE_FOR_STORE = 20.0  # seconds after which the last state of a run that must stop is kept on the local disk as well
+
 
 class NonFiniteLoss(Vc2Error):
-    """A loss or a gradient that is no number. The weights were not changed by it."""
+    """Losses or gradients that are no numbers, too many in a row. The weights were not changed by them."""
+
+    kind: FailureKind = "data"
 
 
 class StopSignal:
@@ -42,6 +64,15 @@ class StopSignal:
 
     def _set(self, *_: object) -> None:
         self.is_set = True
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know of a step before they take it."""
+
+    figures: StepFigures
+    must_stop: bool
+    state_due: bool
 
 
 @dataclass
@@ -61,48 +92,85 @@ class Trainer:
     writer: StateWriter
     metrics: Metrics
     stop: StopSignal
-    step: int = 0  # optimizer steps taken
-    _clock: "Clock" = field(default_factory=lambda: Clock())
+    step: int = 0  # batches looked at
+    updates: int = 0  # batches learnt from
+    clock: Clock = field(default_factory=Clock)
+    spikes: Spikes | None = None
+    validator: Validator | None = None
+    watchdog: Watchdog | None = None
+    curves: Curves | None = None  # of the first rank
+    flops: Callable[[Batch], float] | None = None  # that a rank's part of a batch takes; of the first rank
+    peak_flops: float = math.inf  # of its device, a second
+    replaced: Callable[[], int] = lambda: 0  # damaged samples that were replaced on this rank
+    _skipped_in_row: int = 0
+    _flops_done: float = 0.0
+    _forward_seconds: float = 0.0
+    _grad_norms: dict[str, float] = field(default_factory=dict)  # by group, of the step before a line
+    _stragglers: Stragglers | None = None
 
     def train(self) -> None:
         """Until `num_steps` steps are taken and their state is committed.
 
         Raises:
-            NonFiniteLoss: If a loss or gradient is no number.
+            NonFiniteLoss: If more than `max_skipped` steps in a row had no finite loss and gradient.
             Preempted: If any rank got SIGTERM; the state is committed first.
             Superseded: If a newer attempt took over.
+            StoreError: If the store took no state for `outage_seconds`, or samples cannot be read.
         """
         config = self.config
-        self._clock.start()
+        self._stragglers = Stragglers(gather_objects(socket.gethostname()))
+        self.clock.start()
         while self.step < config.num_steps:
-            with self._clock.waiting():
-                batch = self.batches.at(self.step)
-            loss, power = self._pass_all(batch)
-            is_finite = self.engine.step(config.optimizer.lr_at(self.step))
-            figures, must_stop, state_due = self._agree(batch, loss, power, is_finite)
-            self.ema.update(self.engine.shard("master"))
-            self.step += 1
-            self.metrics.add(figures)
+            self._beat()
+            if self.spikes:
+                self.spikes.keep(self.step, self.engine, self.ema, self.updates)
+            agreed = self._take_step()
             if self.step % config.log_every == 0:
-                self._log(figures)
-            if state_due or must_stop:
+                self._log()
+            if config.validation.every and self.step % config.validation.every == 0:
+                self._validate()
+            if agreed.state_due or agreed.must_stop:
                 self._save()
-            if must_stop:
-                self.writer.wait()
+            if agreed.must_stop:
+                self._rest()
+                self.writer.wait(keep_after=GRACE_FOR_STORE)
                 sum_over_ranks([0.0])  # nobody leaves before the state is committed
                 raise Preempted(
                     f"train/{config.name}: asked to stop; state of step {self.step} is kept, run again to go on"
                 )
+        self._rest()
         if self.writer.saved_step != self.step:
             self._save()
         self.writer.wait()
 
-    def _pass_all(self, batch: Batch) -> tuple[float, float]:
-        """Forward and backward over this rank's batch; mean loss and mean square of the latents."""
+    def _take_step(self) -> Agreed:
+        with self.clock.part("data_wait"):
+            batch = self.batches.at(self.step)
+        agreed = self._agree(batch, *self._pass_all(batch))
+        figures = agreed.figures
+        if self._logs_next() and not figures.skipped:
+            self._grad_norms = self.engine.grad_norms(group_of)
+        self.writer.settle()
+        is_finite = self.engine.step(self.config.lr_at(self.step))
+        if is_finite and not figures.skipped:
+            self._skipped_in_row = 0
+            self.ema.update(self.engine.shard("master"))
+            self.updates += 1
+            figures = figures._replace(grad_norm=self.engine.grad_norm)
+            if self.spikes and self.spikes.is_spike(figures):
+                self._rewind(batch, figures)
+        else:
+            figures = self._skip(batch, figures)
+        self.step += 1
+        self.metrics.add(figures)
+        return agreed
+
+    def _pass_all(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Forward and backward over this rank's batch; losses and timesteps of its samples, mean square of latents."""
         config = self.config
         scaling = config.model.autoencoder.scaling_factor
         parts = micro_batches(batch, self.layout.micro_batch)
-        losses, powers = [], []
+        all_losses, timesteps, powers = [], [], []
         for index, part in enumerate(parts):
             draws = draw(
                 config.seed,
@@ -111,86 +179,166 @@ class Trainer:
                 caption_dropout=config.caption_dropout,
             )
             torch.manual_seed(derive_seed(config.seed, "dropout", self.step, self.rank.rank, index))
-            loss, power = predict_noise_loss(self.engine, self.schedule, scaling, part, draws, self.device)
-            self.engine.backward(loss)
-            losses.append(loss.detach())
+            began = self._timed()
+            losses, power = predict_noise_losses(self.engine, self.schedule, scaling, part, draws, self.device)
+            self._forward_seconds += self._timed() - began
+            self.engine.backward(losses.mean())
+            all_losses.append(losses.detach())
+            timesteps.append(draws.timesteps)
             powers.append(power)
-        return float(torch.stack(losses).mean()), float(torch.stack(powers).mean())
+        if self.flops:
+            self._flops_done += self.flops(batch)
+        return torch.cat(all_losses).cpu().double(), torch.cat(timesteps), float(torch.stack(powers).mean())
 
-    def _agree(self, batch: Batch, loss: float, power: float, is_finite: bool) -> tuple[StepFigures, bool, bool]:
-        """Figures of the step over all ranks; whether to stop; whether to save a state."""
-        self.writer.check()
-        ranks = self.layout.world_size
+    def _timed(self) -> float:
+        """The time, once the device has done its work; on a GPU only in steps that are logged, to keep it busy."""
+        if not self._logs_next():
+            return 0.0
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _logs_next(self) -> bool:
+        return (self.step + 1) % self.config.log_every == 0
+
+    def _agree(self, batch: Batch, losses: torch.Tensor, timesteps: torch.Tensor, power: float) -> Agreed:
+        """Figures of the step over all ranks; whether to stop; whether a state is due."""
+        failed = self.writer.has_failed
         due = self.rank.is_first and self._state_is_due()
-        total_loss, total_power, stops, dues = sum_over_ranks([loss, power, float(self.stop.is_set), float(due)])
-        if not (math.isfinite(total_loss) and is_finite):
-            if math.isfinite(total_loss) or not math.isfinite(loss):
-                what = "gradient" if math.isfinite(total_loss) else "loss"
-                raise NonFiniteLoss(
-                    f"train/{self.config.name}: the {what} of step {self.step} is not finite; samples of this rank: "
-                    f"{', '.join(batch.keys)}; look at them, or lower optimizer.lr"
-                )
-            time.sleep(5)  # the rank that has the samples speaks first
-            raise NonFiniteLoss(f"train/{self.config.name}: the loss of step {self.step} is not finite on another rank")
-        figures = StepFigures(
-            total_loss / ranks, float(batch.kind == "image"), total_power / ranks, self.engine.grad_norm
-        )
-        return figures, stops > 0, dues > 0
+        number = self.config.model.schedule.num_timesteps
+        quartiles = torch.clamp(timesteps * QUARTILES // number, max=QUARTILES - 1)
+        sums = torch.zeros(QUARTILES, dtype=torch.float64).index_add_(0, quartiles, losses)
+        counts = torch.bincount(quartiles, minlength=QUARTILES)
+        said = [float(losses.mean()), power, float(self.stop.is_set), float(due), float(failed)]
+        loss, power, stops, dues, troubles, *rest = sum_over_ranks([*said, *sums.tolist(), *counts.tolist()])
+        if troubles:
+            self._end_for_states()
+        is_image = float(batch.kind == "image")
+        if not math.isfinite(loss):
+            figures = StepFigures(0.0, is_image, 0.0, 0.0, skipped=1.0)
+        else:
+            ranks = self.layout.world_size
+            figures = StepFigures(
+                loss / ranks, is_image, power / ranks, 0.0, 0.0, tuple(rest[:QUARTILES]), tuple(rest[QUARTILES:])
+            )
+        return Agreed(figures, stops > 0, dues > 0)
+
+    def _end_for_states(self) -> NoReturn:
+        """States cannot be written any more, by this rank or another: all keep what they have and end."""
+        self.writer.check()
+        self.writer.keep_newest()
+        time.sleep(5)  # the rank that knows more speaks first
+        raise StoreError(f"train/{self.config.name}: another rank cannot write its state")
 
     def _state_is_due(self) -> bool:
-        if self.config.state_every_steps is not None:
-            return (self.step + 1) % self.config.state_every_steps == 0
-        since = self._clock.since_save()
-        return since >= self.config.state_every_seconds and not self.writer.is_busy
+        config, step = self.config, self.step + 1
+        if config.keep_every_steps and step % config.keep_every_steps == 0:
+            return True
+        if config.state_every_steps is not None:
+            return step % config.state_every_steps == 0
+        return self.clock.since_save() >= config.state_every_seconds and not self.writer.is_busy
 
-    def _log(self, figures: StepFigures) -> None:
-        moment = self._clock.lap(self.config.batch_size * len(self.metrics.window), self.writer.stall)
-        line = self.metrics.line(self.step, lr=self.config.optimizer.lr_at(self.step - 1), **moment)
+    def _skip(self, batch: Batch, figures: StepFigures) -> StepFigures:
+        """Nothing was learnt from this batch: say so, and give up if that goes on."""
+        config = self.config
+        self._skipped_in_row += 1
+        what = "loss" if figures.skipped else "gradient"
+        keys = [key for keys in gather_objects(batch.keys) for key in keys]
         if self.rank.is_first:
-            shown = {name: line[name] for name in ("loss", "lr", "samples_per_s", "data_wait")}
-            report(f"train/{self.config.name}", self.step, self.config.num_steps, **shown)
+            log.warning(
+                "train/%s: step %d skipped, its %s is no number; samples %s", config.name, self.step, what, keys[:64]
+            )
+        if self._skipped_in_row > config.max_skipped:
+            raise NonFiniteLoss(
+                f"train/{config.name}: the {what} of step {self.step} is not finite, in {self._skipped_in_row} steps "
+                f"in a row; samples: {', '.join(keys[:16])}; look at them, or lower optimizer.lr"
+            )
+        return StepFigures(0.0, figures.is_image, 0.0, 0.0, skipped=1.0)
+
+    def _rewind(self, batch: Batch, figures: StepFigures) -> None:
+        assert self.spikes
+        updates = self.spikes.rewind(self.step, self.engine, self.ema)
+        if self.rank.is_first:
+            log.warning(
+                "train/%s: step %d has a loss of %.4g, a spike: the last %d updates are taken back; its samples %s",
+                self.config.name, self.step, figures.loss, self.updates - updates, batch.keys[:64],
+            )  # fmt: skip
+        self.updates = updates
+
+    def _log(self) -> None:
+        config = self.config
+        lap = self.clock.lap()
+        flops = self._flops_done / lap["seconds"] if self.flops else None
+        own = {
+            "forward": self._forward_seconds,
+            "data": lap["data_wait"] * lap["seconds"],
+            "memory": _memory_gib(self.device),
+            "replaced": self.replaced(),
+        }
+        self._forward_seconds = self._flops_done = 0.0
+        every = gather_objects(own)
+        assert self._stragglers
+        slow = self._stragglers.look("forward pass", [one["forward"] for one in every])
+        line = self.metrics.line(
+            self.step,
+            **{f"grad_norm_{group}": norm for group, norm in self._grad_norms.items()},
+            lr=config.lr_at(self.step - 1),
+            samples_per_s=config.batch_size * len(self.metrics.window) / lap["seconds"],
+            **lap,
+            tflops=flops and flops / 1e12,  # of one rank
+            mfu=flops and flops / self.peak_flops,
+            memory_gib=max(one["memory"] for one in every),
+            replaced=sum(one["replaced"] for one in every),
+        )
+        if self.rank.is_first:
+            for sentence in slow:
+                log.warning("train/%s: %s", config.name, sentence)
+            self._tell(line)
+
+    def _tell(self, line: dict[str, float | None]) -> None:
+        if self.curves:
+            self.curves.add(line)
+        names = ("loss", "grad_norm", "lr", "samples_per_s", "mfu", "data_wait", "goodput", "skipped")
+        shown = {name: value for name in names if (value := line[name]) is not None}
+        report(f"train/{self.config.name}", self.step, self.config.num_steps, **shown)
+
+    def _validate(self) -> None:
+        if self.validator is None:
+            return
+        with self.clock.part("validation"):
+            line = self.validator.validate(self.step, self.ema.shard, beat=lambda: self._beat("validation"))
+        self.metrics.validations.append(line)
+        if self.rank.is_first:
+            if self.curves:
+                self.curves.add(line)
+            shown = {name: value for name, value in line.items() if name in ("val_loss_raw", "val_loss_ema", "samples")}
+            report(f"train/{self.config.name} validation", self.step, self.config.num_steps, **shown)
 
     def _save(self) -> None:
-        facts = {"step": self.step, "samples": self.step * self.config.batch_size, "window": self.metrics.window}
-        lines = (self.run.metrics_key(self.attempt, self.metrics.start_step), self.metrics.text())
-        self.writer.save(self.engine, self.ema, facts, lines)
-        self._clock.saved()
-
-
-class Clock:
-    """Where the time goes, between two lines of metrics."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self._lap = self._saved = time.perf_counter()
-        self._waited = self._stalled = 0.0
-
-    def waiting(self) -> "Clock":
-        return self
-
-    def __enter__(self) -> None:
-        self._asked = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._waited += time.perf_counter() - self._asked
-
-    def saved(self) -> None:
-        self._saved = time.perf_counter()
-
-    def since_save(self) -> float:
-        return time.perf_counter() - self._saved
-
-    def lap(self, samples: int, stalled: float) -> dict[str, float]:
-        """Figures since the last lap: `seconds`, `samples_per_s`, shares `data_wait` and `state_stall` of the time."""
-        now = time.perf_counter()
-        seconds = now - self._lap
-        figures = {
-            "seconds": seconds,
-            "samples_per_s": samples / seconds,
-            "data_wait": self._waited / seconds,
-            "state_stall": (stalled - self._stalled) / seconds,
+        facts = {
+            "step": self.step,
+            "updates": self.updates,
+            "samples": self.step * self.config.batch_size,
+            "window": [figures.flat() for figures in self.metrics.window],
+            "loop": self.spikes.facts() if self.spikes else {},
         }
-        self._lap, self._waited, self._stalled = now, 0.0, stalled
-        return figures
+        lines = (self.run.metrics_key(self.attempt, self.metrics.start_step), self.metrics.text())
+        with self.clock.part("state_stall"):
+            self.writer.save(self.engine, self.ema, facts, lines)
+        self.clock.saved()
+
+    def _rest(self) -> None:
+        if self.watchdog:
+            self.watchdog.rest()
+
+    def _beat(self, doing: str = "") -> None:
+        if self.watchdog:
+            self.watchdog.beat(doing or f"step {self.step}")
+
+
+def _memory_gib(device: torch.device) -> float:
+    """The most memory that was in use: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -21,7 +21,7 @@ from vc2.model.schedule import NoiseSchedule
 from vc2.seeding import derive_seed
 from vc2.train.engine import Engine
 
-__all__ = ["Batch", "Draws", "best_linear_loss", "draw", "micro_batches", "predict_noise_loss"]
+__all__ = ["Batch", "Draws", "best_linear_loss", "draw", "micro_batches", "predict_noise_losses"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _part(batch: Batch, part: slice) -> Batch:
     )
 
 
-def predict_noise_loss(
+def predict_noise_losses(
     engine: Engine, schedule: NoiseSchedule, scaling_factor: float, batch: Batch, draws: Draws, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """One forward pass.
@@ -90,14 +90,14 @@ def predict_noise_loss(
         scaling_factor: That of the autoencoder: brings latents to about unit variance.
 
     Returns:
-        The loss, mean over the batch, with its graph; and the mean square of the clean latents.
+        The loss of each sample, (B,), with its graph; and the mean square of the clean latents.
     """
     latents = sample_latents(batch.moments, draws.latent_noise, scaling_factor)
     noisy = schedule.add_noise(latents, draws.noise, draws.timesteps)
     text = torch.where(draws.dropped[:, None, None], batch.empty_text, batch.text)
     prediction = engine.forward(noisy.to(device), draws.timesteps.to(device), text.to(device), batch.fps.to(device))
     squares = (prediction.float() - draws.noise.to(device)).square()
-    return squares.flatten(1).mean(1).mean(), latents.square().mean()
+    return squares.flatten(1).mean(1), latents.square().mean()
 
 
 def best_linear_loss(schedule: NoiseSchedule, latent_power: float) -> float:
