@@ -17,8 +17,10 @@ stack: setup  ## Prefect server, worker and deployments on loopback, left runnin
 stack-down: setup  ## stop what `make stack` started
 	@$(PYTHON_BIN) -m flows.stack down
 
-test: setup  ## all tests but the long ones
-	@$(PYTHON_BIN) -m pytest -m "not soak and not gpu"
+TEST_WORKERS ?= 2
+
+test: setup  ## all tests but the long ones, on two workers
+	@$(PYTHON_BIN) -m pytest -m "not soak and not gpu" -n $(TEST_WORKERS) --dist loadfile
 
 soak: setup  ## the laws about kills, with many kills
 	@$(PYTHON_BIN) -m pytest -m soak --timeout=7200
