@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "recipe", nargs="?", default="miniature", help="miniature, single_gpu or paper (default: miniature)"
     )
+    _row_choice(run)
     _stage_choice(run)
     run.add_argument("--stop-after", metavar="STAGE", help="end after this stage")
     run.add_argument("--shards", action="append", default=[], metavar="URI", help="take this shard set for its stage")
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = command("plan", _plan, "What `vc2 run` would do: every stage, its fingerprint, done or to do. Runs nothing.")
     plan.add_argument("recipe", nargs="?", default="miniature")
+    _row_choice(plan)
     _stage_choice(plan)
     _common(plan, repeatable=True)
 
@@ -121,9 +123,22 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train one stage, or go on where it stopped.")
     train.add_argument("stage", choices=["full", "spatial"])
     train.add_argument("--recipe", default="miniature")
+    _row_choice(train)
     train.add_argument("--shards", action="append", default=[], metavar="URI")
     train.add_argument("--checkpoint", default="", metavar="URI", help="checkpoint that stage `spatial` starts from")
+    _training_estimate_options(train)
     _common(train, repeatable=True)
+
+    precompute = command(
+        "precompute", _precompute, "Encode the shard sets of a training stage once: sets of latents to train on."
+    )
+    precompute.add_argument("stage", choices=["full", "spatial"])
+    precompute.add_argument("--recipe", default="miniature")
+    precompute.add_argument("--shards", action="append", default=[], metavar="URI", help="instead of the recipe's own")
+    precompute.add_argument(
+        "--dtype", choices=["float16", "float32"], default="float16", help="of what is kept (default: float16)"
+    )
+    _common(precompute)
 
     evaluate = command("evaluate", _evaluate, "Sample a checkpoint, score the videos, write the report.")
     evaluate.add_argument("checkpoint", nargs="?", default="", help="URI; default: what the recipe resolves to")
@@ -198,6 +213,29 @@ def _parser() -> argparse.ArgumentParser:
     mirror.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="take the files from there")
     mirror.add_argument("--verify", action="store_true", help="read what is there already once more")
     mirror.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    checkpoint = command(
+        "checkpoint", _checkpoint, "Make a train state of a run a checkpoint; the run may be going on."
+    )
+    checkpoint.add_argument("run", help="URI of a run, .../runs/<stage>/<fingerprint>, or of one of its states")
+    checkpoint.add_argument("--step", type=_count, metavar="N", help="of the state (default: the newest)")
+    checkpoint.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
+    checkpoint.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    gc = command("gc", _gc, "Delete what nobody needs: old train states, files that no manifest names, leftovers.")
+    gc.add_argument(
+        "--store", default=None, help="local folder or s3://bucket/prefix (default: VC2_STORE or work/store)"
+    )
+    gc.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
+    gc.add_argument("--keep", type=_positive, default=2, metavar="N", help="newest states of each run (default: 2)")
+    gc.add_argument(
+        "--grace", type=float, default=24.0, metavar="HOURS",
+        help="what is younger stays; below 12 only while nothing is being made (default: 24)",
+    )  # fmt: skip
+    gc.add_argument("--pin", action="append", default=[], metavar="URI", help="keep this train state for good")
+    gc.add_argument("--unpin", action="append", default=[], metavar="URI", help="take the pin away")
+    gc.add_argument("--json", action="store_true", help="print the result as JSON")
 
     doctor = command("doctor", _doctor, "What this machine has and lacks: packages, weights, store.")
     doctor.add_argument("--store", default=None)
@@ -330,6 +368,35 @@ def _positive(text: str) -> int:
     return number
 
 
+def _row_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--row", default="", metavar="ROW",
+        help="a row of the paper's Table 3 laid over the recipe, such as F-Temp-LoRA (docs/strategies.md); default: "
+        "the recipe's own, F-Spa-DIR",
+    )  # fmt: skip
+
+
+def _training_estimate_options(parser: argparse.ArgumentParser) -> None:
+    dry = parser.add_argument_group("what it would need and cost, on stated hardware; needs no GPU, shards or weights")
+    dry.add_argument(
+        "--dry-run", action="store_true", help="count parameters, memory, operations, hours; train nothing"
+    )
+    dry.add_argument("--hardware", metavar="NAME", help="such as a100-80 (the default), h100-80, rtx4090-24")
+    dry.add_argument("--price", type=float, metavar="USD", help="of a GPU and hour (default: an assumption)")
+    dry.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is used (default: 0.28)")
+    dry.add_argument("--encoded", action="store_true", help="samples come encoded: no encoding on the fly")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; expected a number above 0, at most 1")
+    return value
+
+
 def _stage_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start-at", metavar="STAGE", help="stages before this one must be done")
 
@@ -345,7 +412,7 @@ def _recipe(options: argparse.Namespace, prefix: str = "", *, prompts: bool = Tr
     work = (options.work or recipes.DEFAULT_WORK).absolute()
     spared = [] if prompts else ["evaluation.prompts_file="]
     settings = parse_settings([*(f"{prefix}{line}" for line in options.set), *spared])
-    return recipes.resolve(options.recipe, settings, work=work), work
+    return recipes.resolve(options.recipe, settings, work=work, table3=getattr(options, "row", "")), work
 
 
 def _store(options: argparse.Namespace, work: Path) -> "Store":
@@ -371,9 +438,25 @@ def _repeat(
     return next_repeat(config, store, stage, last) if options.force else options.repeat
 
 
+def _end_of_row(options: argparse.Namespace, stage: str | None) -> str | None:
+    """The stage to end with, where a row of Table 3 may end earlier than the DAG.
+
+    Raises:
+        ConfigError: If `stage` comes after the row's last one.
+    """
+    from vc2.pipeline.driver import STAGES
+    from vc2.pipeline.table3 import last_stage, named_row
+
+    last = last_stage(named_row(options.row)) if options.row else None
+    if last and stage in STAGES and STAGES.index(stage) > STAGES.index(last):
+        raise ConfigError(f"row {options.row} ends with {last}: it has no {stage}; choose a row that tunes it")
+    return stage or last
+
+
 def _run(options: argparse.Namespace) -> None:
     from vc2.pipeline import driver, stages
 
+    options.stop_after = _end_of_row(options, options.stop_after)
     config, store, work = _opened(options)
     repeat = _repeat(options, config, store, options.start_at, options.stop_after)
     given = driver.given_artifacts(store, options.shards, options.checkpoint)
@@ -395,6 +478,8 @@ def _plan(options: argparse.Namespace) -> None:
     config, store, _ = _opened(options)
     repeat = _repeat(options, config, store, options.start_at, None)
     planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at)
+    if last := _end_of_row(options, None):
+        planned = planned[: driver.STAGES.index(last) + 1]
     if options.json:
         stages = [
             {"stage": stage.name, "fingerprint": stage.fingerprint, "state": stage.state, "why": stage.why,
@@ -416,7 +501,8 @@ def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig",
     given = driver.given_artifacts(store, shards, checkpoint, stage=name)
     with _progress(options) as progress:
         made = stages.run_stage(name, config, store, work, given=given, repeat=repeat, progress=progress)
-    _say_artifact(options, store, made)
+    if os.environ.get("RANK", "0") == "0":  # of the ranks that make the same call (launcher=env) one says so
+        _say_artifact(options, store, made)
 
 
 def _shard(options: argparse.Namespace) -> None:
@@ -552,8 +638,71 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    _end_of_row(options, f"train/{options.stage}")
+    asked = {"--hardware": options.hardware, "--price": options.price, "--mfu": options.mfu}
+    if options.dry_run:
+        _estimate_training(options)
+        return
+    if given := [name for name, value in asked.items() if value is not None] + ["--encoded"] * options.encoded:
+        raise ConfigError(f"{', '.join(given)}: for --dry-run; training takes the hardware that is there")
     config, store, work = _opened(options, prefix=f"{options.stage}.")
     _one_stage(options, f"train/{options.stage}", config, store, work)
+
+
+def _estimate_training(options: argparse.Namespace) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # imported by others on the way, it would talk on stdout
+
+    from vc2.train.estimate import DEFAULT_HARDWARE, MFU, estimate, lines_of
+    from vc2.train.fit import stage_forms
+
+    config, _ = _recipe(options, prefix=f"{options.stage}.", prompts=False)
+    stage, forms = config.spatial, stage_forms(image=config.jdb.form)
+    if options.stage == "full":
+        stage, forms = config.full, stage_forms(video=config.webvid.form, image=config.laion_coco.form)
+    found = estimate(
+        stage,
+        forms,
+        hardware=options.hardware or DEFAULT_HARDWARE,
+        mfu=options.mfu or MFU,
+        price=options.price,
+        encoded=options.encoded,
+    )
+    if options.json:
+        more = {"gpu_hours": found.gpu_hours, "usd": found.usd}
+        print(json.dumps(found.model_dump(mode="json") | more, indent=1))
+        return
+    print("\n".join(lines_of(found)))
+
+
+def _precompute(options: argparse.Namespace) -> None:
+    from vc2.artifacts import ShardSet
+    from vc2.pipeline import driver
+    from vc2.train.precompute import precompute
+
+    config, store, work = _opened(options, prefix=f"{options.stage}.")
+    name = f"train/{options.stage}"
+    given = driver.given_artifacts(store, options.shards, "", stage=name)
+    planned = {stage.name: stage for stage in driver.plan(config, store, start_at=name, given=given)}
+    made: dict[str, str] = {}
+    with _progress(options) as progress:
+        for source in planned[name].inputs.values():
+            if not source.startswith("shard/"):
+                continue
+            shards = planned[source].artifact
+            if not isinstance(shards, ShardSet):
+                raise ConfigError(f"{name} needs {source}, which is not done; make it first, or give --shards URI")
+            latents = precompute(
+                getattr(config, options.stage), store, work, shards, dtype=options.dtype, progress=progress
+            )
+            made[source.removeprefix("shard/")] = latents.uri
+    if options.json:
+        print(json.dumps(made, indent=1))
+        return
+    words = ["vc2", "train", options.stage, "--recipe", options.recipe]
+    words += [word for place, uri in made.items() for word in ("--shards", f"{place}={uri}")]
+    where = {"--store": options.store, "--work": options.work}
+    words += [word for name, value in where.items() if value for word in (name, str(value))]
+    print(f"to train on them  {shlex.join(words)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -723,6 +872,46 @@ def _verify(options: argparse.Namespace) -> int:
             for problem in problems:
                 print(f"      {problem}")
     return int(any(wrong.values()))
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # imported by others on the way, it would talk on stdout
+
+    from vc2.pipeline.gc import run_at
+    from vc2.pipeline.recipes import DEFAULT_WORK
+    from vc2.train.export import export_step
+
+    run, state = run_at(options.run)
+    if state is not None and options.step not in (None, state.step):
+        raise ConfigError(f"--step {options.step}, but the URI is of step {state.step}; leave one out")
+    step = state.step if state is not None else options.step
+    _say_artifact(options, run.store, export_step(run, (options.work or DEFAULT_WORK).absolute(), step))
+
+
+def _gc(options: argparse.Namespace) -> None:
+    from vc2.pipeline import gc
+    from vc2.pipeline.recipes import DEFAULT_WORK
+    from vc2.progress import size_text
+
+    if options.pin or options.unpin:
+        for uri, keep in [*((uri, True) for uri in options.pin), *((uri, False) for uri in options.unpin)]:
+            ref = gc.pin(uri, keep=keep)
+            print(f"{'pinned' if keep else 'unpinned'}  step {ref.step} of attempt {ref.attempt}")
+        return
+    store = _store(options, (options.work or DEFAULT_WORK).absolute())
+    found = gc.collect_garbage(store, keep=options.keep, grace_hours=options.grace, dry_run=options.dry_run)
+    if options.json:
+        print(json.dumps(found.model_dump(mode="json") | {"deleted": not options.dry_run}, indent=1))
+        return
+    for name in gc.CLASSES:
+        print(f"{name:11} {len(found.classes[name]):>8} {size_text(found.sizes[name]):>10}")
+        if options.dry_run:
+            print(
+                "\n".join(f"            {key}" for key in found.classes[name]), end="\n" if found.classes[name] else ""
+            )
+    for run in found.alive:
+        print(f"left alone  {run}: somebody works on it")
+    print("nothing was deleted" if options.dry_run else "deleted")
 
 
 # ---- weights ----
