@@ -243,7 +243,8 @@ def _nodes(lineage: Mapping[str, Manifest]) -> list[LineageNode]:
 def _curve(store: Store, manifest: Manifest) -> LossCurve:
     from vc2.train.metrics import read_metrics
 
-    points = [(line["step"], line["loss"]) for line in read_metrics(store, manifest.stage, manifest.fingerprint)]
+    lines = read_metrics(store, manifest.stage, manifest.fingerprint)
+    points = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
     return LossCurve(
         stage=f"train/{manifest.stage}",
         points=points,
