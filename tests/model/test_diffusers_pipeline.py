@@ -305,7 +305,6 @@ def test_an_interrupted_call_gives_what_it_has(pipe: VideoCrafter2Pipeline) -> N
         ({"eta": 2.0}, "eta"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused(pipe: VideoCrafter2Pipeline, options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
