@@ -107,6 +107,8 @@ def test_spikes_are_judged_by_medium_and_end_the_run_if_they_go_on() -> None:
     for judge in (spikes, again):  # what it knows goes along with the state
         assert judge.is_spike(StepFigures(0.5, 0.0, 1.0, 1.0))
         assert not judge.is_spike(StepFigures(0.81, 1.0, 1.0, 1.0))
+    again.forget()  # another phase, whose losses lie elsewhere
+    assert not any(again.is_spike(StepFigures(0.5 + draw, 0.0, 1.0, 1.0)) for draw in draws)
     spikes._snapshot = ({}, torch.zeros(1), 0, 0)
     engine, ema = _Nothing(), _Nothing()
     spikes.rewind(100, engine, ema)  # type: ignore[arg-type]

@@ -95,10 +95,13 @@ def _laion_aesthetics(config: "PipelineConfig") -> LaionSource:
         raise ConfigError(f"row {Row.F_SPA_DIR_LAION} needs a LAION source; laion_coco.source is {beside.kind}")
     if config.world is not None:
         return beside.evolve(name="laion-aesthetics")
-    folder = (beside.table or beside.archives or "").rpartition("/")[0] + "/laion-aesthetics"
+
+    def at_side(place: str | None) -> str | None:
+        return None if place is None else f"{place.rpartition('/')[0]}/laion-aesthetics"
+
     return LaionSource(
         kind="laion-aesthetics",
         name="laion-aesthetics",
-        table=folder if beside.table is not None else None,
-        archives=folder if beside.archives is not None else None,
+        table=at_side(beside.table),
+        archives=at_side(beside.archives),
     )

@@ -58,7 +58,7 @@ class Phase(Config):
     """
 
     steps: int | None = Field(None, gt=0, description="steps it lasts; empty (the last one only): to the end")
-    num_frames: int | None = Field(None, gt=0, description="frames of a clip; images have one whatever this says")
+    num_frames: int | None = Field(None, ge=2, description="frames of a clip; images have one whatever this says")
     width: int | None = Field(None, gt=0, description="pixels; with height")
     height: int | None = Field(None, gt=0, description="pixels; with width")
     lr: float | None = Field(None, gt=0, description="learning rate in place of optimizer.lr")

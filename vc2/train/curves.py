@@ -48,7 +48,10 @@ class Curves:
                 )
             import wandb  # pyright: ignore[reportMissingImports]
 
-            self._run = wandb.init(project=wandb_project, id=name, name=name, resume="allow", config=dict(config))
+            try:
+                self._run = wandb.init(project=wandb_project, id=name, name=name, resume="allow", config=dict(config))
+            except Exception as error:
+                log.warning("no curves at Weights & Biases: %s", error)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Copy a line of metrics, or of a validation."""
@@ -67,8 +70,11 @@ class Curves:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-        if self._run is not None:
-            self._run.finish()
+        try:
+            if self._run is not None:
+                self._run.finish()
+        except Exception as error:
+            log.warning("Weights & Biases did not take its last curves: %s", error)
 
 
 def _is_number(value: object) -> bool:

@@ -154,25 +154,43 @@ class Batches:
             ConfigError: If the phase of the step does not fit the samples.
         """
         self._enter(step)
+
+        def read() -> Batch:
+            try:
+                return self._batch([self._encoded(*found) for found in self._ahead.at(step)])
+            except StoreError:
+                self._ahead.restart(step)
+                raise
+
+        return self._patiently(read, f"step {step} waits for its samples")
+
+    def of(self, step: int, refs: Sequence[Sample]) -> Batch:
+        """Other samples of one kind than those of the step, in its phase; with the same patience."""
+        self._enter(step)
+
+        def read() -> Batch:
+            known = [self._encoders.remembers(ref.identity) for ref in refs]
+            found = [
+                (ref, None) if is_known else self._samples.read(ref) for ref, is_known in zip(refs, known, strict=True)
+            ]
+            return self._batch([self._encoded(*one) for one in found])
+
+        return self._patiently(read, "validation waits for its samples")
+
+    def _patiently(self, read: Callable[[], Batch], waiting: str) -> Batch:
         began, pause = time.monotonic(), 1.0
         while True:
             try:
-                return self._batch([self._encoded(*read) for read in self._ahead.at(step)])
+                return read()
             except ShardCorrupted:
                 raise
             except StoreError as error:
                 waited = time.monotonic() - began
                 if waited + pause > self._patience:
                     raise
-                log.warning("step %d waits for its samples since %.0f s: %s", step, waited, error)
+                log.warning("%s since %.0f s: %s", waiting, waited, error)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            self._ahead.restart(step)
-
-    def of(self, step: int, refs: Sequence[Sample]) -> Batch:
-        """Other samples of one kind than those of the step, in its phase."""
-        self._enter(step)
-        return self._batch([self._encoded(*self._samples.read(ref)) for ref in refs])
 
     def _enter(self, step: int) -> None:
         phase = self._phase_of(step)

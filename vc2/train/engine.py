@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vc2.errors import ConfigError
 from vc2.launch import this_rank
 from vc2.train.config import TrainStage
+from vc2.train.fit import BUCKET
 from vc2.train.fragments import Fragment
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "sum_over_ranks",
 ]
 
-BUCKET = 2**27  # gradient elements reduced at once, at most
 RANK_TIMEOUT = timedelta(minutes=5)  # after a hang, until a collective fails by itself
 
 
@@ -122,26 +122,28 @@ class Engine(ABC):
 
         All ranks must ask at the same step.
         """
-        squares: dict[str, float] = {}
+        pieces: dict[str, list[Tensor]] = {}
         for fragment, piece in self.fragments(self._gradient()).items():
-            group = group_of(fragment.name)
-            squares[group] = squares.get(group, 0.0) + float(piece.detach().double().square().sum())
-        shares = gather_objects(squares)
+            pieces.setdefault(group_of(fragment.name), []).append(torch.linalg.vector_norm(piece.detach()))
+        own = {group: float(torch.stack(norms).double().square().sum()) for group, norms in pieces.items()}
+        shares = gather_objects(own)
         groups = sorted({group for share in shares for group in share})
         return {group: math.sqrt(sum(share.get(group, 0.0) for share in shares)) for group in groups}
 
     @contextmanager
     def showing(self, shard: Tensor) -> Iterator[None]:
-        """All ranks compute with other weights for a while: those of `shard`, laid out like the master."""
+        """All ranks compute with other weights for a while: those of `shard`, laid out like the master.
+
+        An error inside the block ends this rank, so nothing is put back: that would be a collective that the others,
+        who know of no error, do not take part in.
+        """
         master = self.shard("master")
         kept = master.clone()
         master.copy_(shard)
         self._publish()
-        try:
-            yield
-        finally:
-            master.copy_(kept)
-            self._publish()
+        yield
+        master.copy_(kept)
+        self._publish()
 
     def load_fragments(self, kinds: Mapping[str, Mapping[Fragment, Tensor]], num_updates: int) -> None:
         """Take masters and moments of this rank's fragments, as they were after `num_updates` updates."""

@@ -34,7 +34,7 @@ Kind = Literal["video", "image"]
 
 CONTEXT_GIB = 1.5  # what a GPU's own software takes: context, libraries, buffers of collectives
 UNUSABLE = 0.06  # share of the rest: workspaces of convolutions, and what the allocator cannot use
-BUCKET = 2**27  # gradient elements that DeepSpeed reduces at once (vc2.train.engine)
+BUCKET = 2**27  # gradient elements that DeepSpeed reduces at once, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ __all__ = ["NonFiniteLoss", "StopSignal", "Trainer"]
 
 log = logging.getLogger(__name__)
 
-GRACE_FOR_STORE = 20.0  # seconds after which the last state of a run that must stop is kept on the local disk as well
+GRACE_FOR_STORE = 5.0  # seconds after which the last state of a run that must stop is kept on the local disk as well
 
 
 class NonFiniteLoss(Vc2Error):
@@ -94,6 +94,7 @@ class Trainer:
     stop: StopSignal
     step: int = 0  # batches looked at
     updates: int = 0  # batches learnt from
+    skipped_in_row: int = 0
     clock: Clock = field(default_factory=Clock)
     spikes: Spikes | None = None
     validator: Validator | None = None
@@ -102,7 +103,7 @@ class Trainer:
     flops: Callable[[Batch], float] | None = None  # that a rank's part of a batch takes; of the first rank
     peak_flops: float = math.inf  # of its device, a second
     replaced: Callable[[], int] = lambda: 0  # damaged samples that were replaced on this rank
-    _skipped_in_row: int = 0
+    _steps_in_lap: int = 0
     _flops_done: float = 0.0
     _forward_seconds: float = 0.0
     _grad_norms: dict[str, float] = field(default_factory=dict)  # by group, of the step before a line
@@ -145,25 +146,32 @@ class Trainer:
 
     def _take_step(self) -> Agreed:
         with self.clock.part("data_wait"):
-            batch = self.batches.at(self.step)
+            batch = self._next_batch()
         agreed = self._agree(batch, *self._pass_all(batch))
         figures = agreed.figures
-        if self._logs_next() and not figures.skipped:
-            self._grad_norms = self.engine.grad_norms(group_of)
+        self._grad_norms = self.engine.grad_norms(group_of) if self._logs_next() and not figures.skipped else {}
         self.writer.settle()
         is_finite = self.engine.step(self.config.lr_at(self.step))
         if is_finite and not figures.skipped:
-            self._skipped_in_row = 0
+            self.skipped_in_row = 0
             self.ema.update(self.engine.shard("master"))
             self.updates += 1
             figures = figures._replace(grad_norm=self.engine.grad_norm)
-            if self.spikes and self.spikes.is_spike(figures):
-                self._rewind(batch, figures)
+            self._judge(batch, figures)
         else:
+            self._grad_norms = {}
             figures = self._skip(batch, figures)
         self.step += 1
+        self._steps_in_lap += 1
         self.metrics.add(figures)
         return agreed
+
+    def _next_batch(self) -> Batch:
+        try:
+            return self.batches.at(self.step)
+        except StoreError:
+            self.writer.keep_newest()  # the store is away for too long: what it has not got is kept here
+            raise
 
     def _pass_all(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Forward and backward over this rank's batch; losses and timesteps of its samples, mean square of latents."""
@@ -182,7 +190,8 @@ class Trainer:
             began = self._timed()
             losses, power = predict_noise_losses(self.engine, self.schedule, scaling, part, draws, self.device)
             self._forward_seconds += self._timed() - began
-            self.engine.backward(losses.mean())
+            loss = losses.mean()
+            self.engine.backward(loss * (1 + 0 * loss.detach()))  # 1, or no number where the loss is infinite
             all_losses.append(losses.detach())
             timesteps.append(draws.timesteps)
             powers.append(power)
@@ -241,22 +250,28 @@ class Trainer:
     def _skip(self, batch: Batch, figures: StepFigures) -> StepFigures:
         """Nothing was learnt from this batch: say so, and give up if that goes on."""
         config = self.config
-        self._skipped_in_row += 1
+        self.skipped_in_row += 1
         what = "loss" if figures.skipped else "gradient"
         keys = [key for keys in gather_objects(batch.keys) for key in keys]
         if self.rank.is_first:
             log.warning(
                 "train/%s: step %d skipped, its %s is no number; samples %s", config.name, self.step, what, keys[:64]
             )
-        if self._skipped_in_row > config.max_skipped:
+        if self.skipped_in_row > config.max_skipped:
             raise NonFiniteLoss(
-                f"train/{config.name}: the {what} of step {self.step} is not finite, in {self._skipped_in_row} steps "
+                f"train/{config.name}: the {what} of step {self.step} is not finite, in {self.skipped_in_row} steps "
                 f"in a row; samples: {', '.join(keys[:16])}; look at them, or lower optimizer.lr"
             )
         return StepFigures(0.0, figures.is_image, 0.0, 0.0, skipped=1.0)
 
-    def _rewind(self, batch: Batch, figures: StepFigures) -> None:
-        assert self.spikes
+    def _judge(self, batch: Batch, figures: StepFigures) -> None:
+        """Take the last updates back if this step's loss is a spike."""
+        if self.spikes is None:
+            return
+        if self.step and self.config.phase_at(self.step) != self.config.phase_at(self.step - 1):
+            self.spikes.forget()
+        if not self.spikes.is_spike(figures):
+            return
         updates = self.spikes.rewind(self.step, self.engine, self.ema)
         if self.rank.is_first:
             log.warning(
@@ -275,7 +290,6 @@ class Trainer:
             "memory": _memory_gib(self.device),
             "replaced": self.replaced(),
         }
-        self._forward_seconds = self._flops_done = 0.0
         every = gather_objects(own)
         assert self._stragglers
         slow = self._stragglers.look("forward pass", [one["forward"] for one in every])
@@ -283,13 +297,14 @@ class Trainer:
             self.step,
             **{f"grad_norm_{group}": norm for group, norm in self._grad_norms.items()},
             lr=config.lr_at(self.step - 1),
-            samples_per_s=config.batch_size * len(self.metrics.window) / lap["seconds"],
+            samples_per_s=config.batch_size * self._steps_in_lap / lap["seconds"],
             **lap,
             tflops=flops and flops / 1e12,  # of one rank
             mfu=flops and flops / self.peak_flops,
             memory_gib=max(one["memory"] for one in every),
             replaced=sum(one["replaced"] for one in every),
         )
+        self._forward_seconds, self._flops_done, self._steps_in_lap = 0.0, 0.0, 0
         if self.rank.is_first:
             for sentence in slow:
                 log.warning("train/%s: %s", config.name, sentence)
@@ -320,7 +335,7 @@ class Trainer:
             "updates": self.updates,
             "samples": self.step * self.config.batch_size,
             "window": [figures.flat() for figures in self.metrics.window],
-            "loop": self.spikes.facts() if self.spikes else {},
+            "loop": (self.spikes.facts() if self.spikes else {}) | {"skipped_in_row": float(self.skipped_in_row)},
         }
         lines = (self.run.metrics_key(self.attempt, self.metrics.start_step), self.metrics.text())
         with self.clock.part("state_stall"):

@@ -8,7 +8,7 @@ waiting, memory), which are not.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ def read_validations(store: Store, stage: str, fingerprint: str) -> list[dict[st
     return _read(store, stage, fingerprint, lambda line: "val_loss_ema" in line)
 
 
-def _read(store: Store, stage: str, fingerprint: str, wanted: Any) -> list[dict[str, Any]]:
+def _read(store: Store, stage: str, fingerprint: str, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     run = Run(store, stage, fingerprint)
     by_step: dict[int, dict[str, Any]] = {}
     for attempt, limit in reversed(list(run.chain())):

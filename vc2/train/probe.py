@@ -51,7 +51,7 @@ class ProbeResult(Config):
 def fitting_micro_batch(
     config: TrainStage, store: Store, shards: Sequence[ShardSet], work: Path, world_size: int
 ) -> int:
-    """The largest micro-batch that fits, for the samples of some shard sets.
+    """A micro-batch that fits, for the samples of some shard sets: the largest believed to, or half of it, and so on.
 
     Raises:
         ConfigError: If a set does not say how large its samples are.

@@ -137,6 +137,7 @@ def _set_up(request: RankRequest, store: Store, loader: Loader, stop: StopSignal
         stop=stop,
         step=step,
         updates=updates,
+        skipped_in_row=int(remembered.get("skipped_in_row", 0)),
         clock=clock,
         spikes=Spikes(config.spikes, remembered) if config.spikes else None,
         validator=Validator(
@@ -187,7 +188,8 @@ def _peak_flops(config: TrainStage, device: torch.device) -> float | None:
     from vc2.train.estimate import HARDWARE
 
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    return next((gpu.tflops * 1e12 for kind, gpu in HARDWARE.items() if kind.split("-")[0] in name), None)
+    share = 1.0 if config.precision == "bf16" else 0.5  # of the peak in bf16: what TF32 can do
+    return next((share * gpu.tflops * 1e12 for kind, gpu in HARDWARE.items() if kind.split("-")[0] in name), None)
 
 
 def _looked_at(loader: Loader, count: int) -> list[SampleRef]:
@@ -197,13 +199,14 @@ def _looked_at(loader: Loader, count: int) -> list[SampleRef]:
         kind for kind, split in loader.splits.items() if len(split) and shares[kind]
     ]
     found: list[SampleRef] = []
+    each = max(1, count // len(kinds))
     for kind in kinds:
         held = loader.held_out(kind)
         step = 0
-        while not loader.config.holdout and len(held) < count // len(kinds):
+        while not loader.config.holdout and len(held) < each:
             held += loader.refs(step) if loader.kind(step) == kind else []
             step += 1
-        found += held[: max(1, count // len(kinds))]
+        found += held[:each]
     return found
 
 

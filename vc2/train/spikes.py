@@ -4,6 +4,7 @@ Videos and images have losses of their own, each with a moving mean and variance
 same on every rank, so all decide alike). A loss further above its mean than `sigmas` standard deviations is a *spike*:
 weights, moments and average go back to a snapshot in memory, taken every `snapshot_every` steps, while the step goes on
 counting. So the batches from the snapshot to the spike have left no trace, and no step is taken twice.
+A new phase, whose losses may lie elsewhere, begins without a memory.
 Cure and reason: Chowdhery et al. 2022 (PaLM), Sec. 5.1.
 
 Snapshots are not part of the train state: a run that is resumed makes its first one from the state itself. Resumed
@@ -19,11 +20,12 @@ from vc2.errors import Vc2Error
 from vc2.train.config import SpikeGuard
 from vc2.train.ema import Ema
 from vc2.train.engine import Engine
+from vc2.train.fragments import KINDS
 from vc2.train.metrics import StepFigures
 
 __all__ = ["Spikes", "TooManySpikes"]
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+MOMENTS = tuple(kind for kind in KINDS if kind != "ema")
 
 
 class TooManySpikes(Vc2Error):
@@ -50,8 +52,12 @@ class Spikes:
     def keep(self, step: int, engine: Engine, ema: Ema, updates: int) -> None:
         """Take the snapshot if it is time for one (or there is none)."""
         if self._snapshot is None or step % self._guard.snapshot_every == 0:
-            shards = {kind: engine.shard(kind).detach().to("cpu", copy=True) for kind in KINDS}
+            shards = {kind: engine.shard(kind).detach().to("cpu", copy=True) for kind in MOMENTS}
             self._snapshot = shards, ema.shard.detach().to("cpu", copy=True), ema.updates, updates
+
+    def forget(self) -> None:
+        """Losses are of another kind from now on: of another phase."""
+        self._known = {name: value for name, value in self._known.items() if name.startswith("rew")}
 
     def is_spike(self, figures: StepFigures) -> bool:
         """Whether a step's loss is one; what is none joins the mean."""

@@ -1,13 +1,14 @@
 """What is looked at while training goes on: the loss on samples that never change, and videos for the eyes.
 
 Samples, noise and timesteps of a validation are the same every time, so two numbers differ by the weights alone; the
-timesteps are spread evenly instead of drawn. The samples are those that `loader.holdout` keeps out of training; without
-any they are taken from the training samples, and then the loss shows that the run learns, not that it generalises. Both
-the raw weights and their average (EMA) are looked at. Nothing of the training is touched: its draws have their own
-seeds, and the weights are put back bit for bit.
+timesteps are spread evenly over each medium's samples instead of drawn. The samples are those that `loader.holdout`
+keeps out of training; without any they are taken from the training samples, and then the loss shows that the run
+learns, not that it generalises. Both the raw weights and their average (EMA) are looked at. Nothing of the training is
+touched: its draws have their own seeds, and the weights are put back bit for bit.
 """
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vc2.errors import StoreError
 from vc2.launch import Rank
 from vc2.model.bundle import VideoModel
 from vc2.model.config import SamplerConfig
@@ -32,6 +34,8 @@ from vc2.train.engine import Engine, gather_objects, sum_over_ranks
 from vc2.train.objective import Draws, draw, predict_noise_losses
 
 __all__ = ["Validator", "grid"]
+
+log = logging.getLogger(__name__)
 
 PLAY_FPS = 8  # of the videos that are written
 
@@ -79,8 +83,11 @@ class Validator:
             rows = [rows for _, rows in sorted(gather_objects((self.rank.rank, self._rows(videos))))]
             if self.rank.is_first:
                 key = f"{self.run.prefix}/validation/{step:08d}.webp"
-                self.run.store.write(key, grid([row for own in in_turn(rows) for row in own]))
-                line["samples"] = join_uri(self.run.store.uri, key)
+                try:
+                    self.run.store.write(key, grid([row for own in in_turn(rows) for row in own]))
+                    line["samples"] = join_uri(self.run.store.uri, key)
+                except StoreError as error:  # states are worth an end, pictures are not
+                    log.warning("videos of step %d are not kept: %s", step, error)
         return line
 
     @contextmanager
@@ -104,7 +111,8 @@ class Validator:
                 num_timesteps=num_timesteps,
                 caption_dropout=0.0,
             )
-            spread = (2 * number + 1) * num_timesteps // (2 * len(self.refs))
+            alike = [other for other, ref in enumerate(self.refs) if ref.kind == batch.kind]
+            spread = (2 * alike.index(number) + 1) * num_timesteps // (2 * len(alike))
             drawn = Draws(drawn.latent_noise, drawn.noise, torch.full_like(drawn.timesteps, spread), drawn.dropped)
             scaling = self.config.model.autoencoder.scaling_factor
             losses, _ = predict_noise_losses(self.engine, self.schedule, scaling, batch, drawn, self.device)
