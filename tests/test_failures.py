@@ -44,6 +44,32 @@ def test_the_cause_is_told_and_not_what_follows_from_it(
     assert caught.value.kind == kind
 
 
+STUCK = """
+import time
+from pathlib import Path
+from vc2.launch import run_rank
+from vc2.train import watchdog
+
+def main(work):
+    watchdog.LAST_RESORT = 0.2
+    keep = lambda stacks: time.sleep(600)  # a store that does not answer either
+    with watchdog.Watchdog("test", 0.5, keep=keep, end=print, folder=Path(work) / "logs"):
+        time.sleep(600)
+
+run_rank(main)
+"""
+
+
+def test_a_rank_that_hangs_for_good_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot tell why it ended; its stacks beside the log do."""
+    (tmp_path / "stuck_rank.py").write_text(STUCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("VC2_WORK", str(tmp_path))
+    with pytest.raises(LaunchFailed, match=r"rank 0: ended by its watchdog: .*stacks-\d+\.txt") as caught:
+        run_ranks("stuck_rank", str(tmp_path), world_size=1, work=tmp_path, name="test")
+    assert caught.value.kind == "communication"
+
+
 def caused(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from vc2.errors import LaunchFailed, Preempted
-from vc2.launch import run_ranks, this_rank
+from vc2.launch import run_ranks, start, this_rank, watch
 
 RANK = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from vc2.errors import ConfigError, Preempted
 from vc2.launch import report, run_rank, this_rank
@@ -27,9 +27,19 @@ def main(config):
         report("work", rank.rank + 1, rank.world_size, loss=0.5)
     elif what == "error" and rank.rank == 1:
         raise ConfigError("lr=-1: expected a number above 0")
+    elif what == "leaves when asked":
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        report("work", 1)
+        while not asked:
+            time.sleep(0.05)
+        time.sleep(0.5)  # for the state
+        raise Preempted("step 3 is kept")
     elif what == "preempted":
         raise Preempted("asked to stop at step 3; the same command goes on")
     else:
+        if what == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Path(config).with_suffix(f".pid{rank.rank}").write_text(str(os.getpid()))
         time.sleep(600)
 
@@ -63,6 +73,46 @@ def test_the_first_error_is_told_in_one_line_and_ends_all(rank_module: str, tmp_
 def test_preempted_ranks_are_told_apart_from_failed_ones(rank_module: str, tmp_path: Path) -> None:
     with pytest.raises(Preempted, match="goes on"):
         run(rank_module, tmp_path, "preempted", lambda *_, **__: None)
+
+
+def test_who_is_stopped_while_waiting_hears_that_the_ranks_left_a_state(rank_module: str, tmp_path: Path) -> None:
+    """Ctrl-C in the starter: the ranks are asked to stop, and what they say in leaving still counts."""
+    (tmp_path / "config").write_text("leaves when asked")
+    job = start(rank_module, str(tmp_path / "config"), world_size=2, work=tmp_path, name="test", grace=60)
+    told: list[int] = []
+
+    def interrupt_once(work: str, done: int, total: int | None = None, **figures: float | str) -> None:
+        told.append(done)
+        if len(told) == 2:  # both ranks listen
+            raise KeyboardInterrupt
+
+    with pytest.raises(Preempted, match="step 3 is kept"):
+        watch(job, interrupt_once)
+
+
+def test_asked_to_stop_twice_ends_all_at_once(rank_module: str, tmp_path: Path) -> None:
+    """Ranks that do not listen have ten minutes after the first Ctrl-C, and none after the second."""
+    (tmp_path / "config").write_text("deaf")
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from vc2.launch import start, watch
+        here = Path({str(tmp_path)!r})
+        watch(start("a_rank", str(here / "config"), world_size=2, work=here, name="test", grace=600))
+    """)
+    starter = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert starter.stderr is not None
+    pids = [tmp_path / f"config.pid{rank}" for rank in range(2)]
+    while not all(path.exists() and path.read_text() for path in pids):
+        assert starter.poll() is None
+        time.sleep(0.1)
+    family = [*psutil.Process(starter.pid).children(recursive=True)]
+    starter.send_signal(signal.SIGINT)
+    assert "asked to stop" in starter.stderr.readline()
+    assert starter.poll() is None and all(process.is_running() for process in family)
+    starter.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in starter.communicate()[1]
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
 
 
 def test_no_rank_outlives_its_starter(rank_module: str, tmp_path: Path) -> None:

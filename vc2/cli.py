@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     precompute.add_argument("stage", choices=["full", "spatial"])
     precompute.add_argument("--recipe", default="miniature")
     precompute.add_argument("--shards", action="append", default=[], metavar="URI", help="instead of the recipe's own")
+    precompute.add_argument("--checkpoint", default="", metavar="URI", help="that the stage will start from")
     precompute.add_argument(
         "--dtype", choices=["float16", "float32"], default="float16", help="of what is kept (default: float16)"
     )
@@ -228,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
-    gc.add_argument("--keep", type=_positive, default=2, metavar="N", help="newest states of each run (default: 2)")
+    gc.add_argument("--keep", type=_positive, default=2, metavar="N", help="newest states of each run, at least (default: 2)")
     gc.add_argument(
         "--grace", type=float, default=24.0, metavar="HOURS",
         help="what is younger stays; below 12 only while nothing is being made (default: 24)",
@@ -411,7 +412,8 @@ def _recipe(options: argparse.Namespace, prefix: str = "", *, prompts: bool = Tr
 
     work = (options.work or recipes.DEFAULT_WORK).absolute()
     spared = [] if prompts else ["evaluation.prompts_file="]
-    settings = parse_settings([*(f"{prefix}{line}" for line in options.set), *spared])
+    lines = [f"{prefix}{line.removeprefix(prefix)}" for line in options.set]  # `full.x` and `x` for `vc2 train full`
+    settings = parse_settings([*lines, *spared])
     return recipes.resolve(options.recipe, settings, work=work, table3=getattr(options, "row", "")), work
 
 
@@ -675,14 +677,15 @@ def _estimate_training(options: argparse.Namespace) -> None:
 
 
 def _precompute(options: argparse.Namespace) -> None:
-    from vc2.artifacts import ShardSet
+    from vc2.artifacts import Checkpoint, ShardSet
     from vc2.pipeline import driver
     from vc2.train.precompute import precompute
 
     config, store, work = _opened(options, prefix=f"{options.stage}.")
     name = f"train/{options.stage}"
-    given = driver.given_artifacts(store, options.shards, "", stage=name)
+    given = driver.given_artifacts(store, options.shards, options.checkpoint, stage=name)
     planned = {stage.name: stage for stage in driver.plan(config, store, start_at=name, given=given)}
+    start_from = planned[planned[name].inputs["start_from"]].artifact if "start_from" in planned[name].inputs else None
     made: dict[str, str] = {}
     with _progress(options) as progress:
         for source in planned[name].inputs.values():
@@ -692,7 +695,13 @@ def _precompute(options: argparse.Namespace) -> None:
             if not isinstance(shards, ShardSet):
                 raise ConfigError(f"{name} needs {source}, which is not done; make it first, or give --shards URI")
             latents = precompute(
-                getattr(config, options.stage), store, work, shards, dtype=options.dtype, progress=progress
+                getattr(config, options.stage),
+                store,
+                work,
+                shards,
+                start_from=start_from if isinstance(start_from, Checkpoint) else None,
+                dtype=options.dtype,
+                progress=progress,
             )
             made[source.removeprefix("shard/")] = latents.uri
     if options.json:

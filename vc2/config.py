@@ -7,6 +7,7 @@ fingerprint.
 
 import hashlib
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -110,15 +111,19 @@ def merge(config: C, settings: Mapping[str, Any] | Config | None) -> C:
         raise ConfigError(_one_line(type(config).__name__, error)) from None
 
 
-def _laid_over(config: C, settings: Mapping[str, Any]) -> C:
+def _laid_over(config: C, settings: Mapping[str, Any], path: str = "") -> C:
     changes = {}
     for name, value in settings.items():
         current = getattr(config, name)
         same_kind = isinstance(value, Mapping) and value.get("kind", getattr(current, "kind", None)) == getattr(
             current, "kind", None
         )
-        changes[name] = _laid_over(current, value) if isinstance(current, Config) and same_kind else value
-    return config.evolve(**changes)
+        is_nested = isinstance(current, Config) and same_kind
+        changes[name] = _laid_over(current, value, f"{path}{name}.") if is_nested else value
+    try:
+        return config.evolve(**changes)
+    except ValidationError as error:
+        raise ConfigError(_one_line(path.rstrip(".") or type(config).__name__, error)) from None
 
 
 def _one_line(name: str, error: ValidationError) -> str:
@@ -127,7 +132,11 @@ def _one_line(name: str, error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{name} has no setting {path!r}; `vc2 plan --json` prints all that it has{more}"
-    return f"{name}: {path} = {first['input']!r}: {first['msg'].lower()}{more}"
+    if first["type"] == "value_error":  # told by a check of ours, whose words are a whole sentence
+        said = first.get("ctx", {}).get("error", first["msg"])
+        return f"{name}: {path}{': ' if path else ''}{said}{more}"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{name}: {path} = {reprlib.repr(first['input'])}: {message}{more}"
 
 
 def parse_settings(lines: typing.Iterable[str]) -> dict[str, Any]:

@@ -19,14 +19,16 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from vc2.errors import FailureKind, Preempted, Vc2Error
 
-__all__ = ["RankError", "Retries", "advice", "classify", "deciding", "killed_by", "may_pass", "rank_error"]
+__all__ = ["RankError", "Retries", "advice", "classify", "deciding", "hung", "killed_by", "may_pass", "rank_error"]
 
 MAY_PASS: frozenset[FailureKind] = frozenset({"communication", "store", "killed"})
 DEFECTS = tuple(getattr(signal, name, None) for name in ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"))
+NOW = 60.0  # seconds between the last words of a rank and its end being seen
 PAUSES = (1.0, 8.0, 60.0)  # seconds before a new attempt: the first that gets no further, the second, ...
 
 # Torch tells most of its troubles by a RuntimeError, and by its words.
@@ -113,6 +115,18 @@ def killed_by(rank: int, number: int, when: float) -> RankError:
         name = f"signal {number}"
     kind: FailureKind = "code" if number in DEFECTS else "killed"
     return RankError(rank, kind, f"ended by {name}", when, socket.gethostname())
+
+
+def hung(rank: int, pid: int, work: str | None, when: float) -> RankError | None:
+    """What a launcher tells of a rank whose watchdog's last resort ended it: there are stacks in the work folder."""
+    stacks = Path(work or "") / "logs" / f"stacks-{pid}.txt"  # as `vc2.train.watchdog` names it
+    if not work or not stacks.is_file():
+        return None
+    found = stacks.stat()
+    if not found.st_size or found.st_mtime < when - NOW:  # empty while all is well; or of an older process
+        return None
+    message = f"ended by its watchdog: nothing was heard of it for longer than hang_seconds; its stacks: {stacks}"
+    return RankError(rank, "communication", message, when, socket.gethostname())
 
 
 def deciding(errors: Sequence[RankError]) -> RankError | None:

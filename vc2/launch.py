@@ -15,6 +15,8 @@ to tell is heard: a launcher ends all ranks with the first.
 
 import ctypes
 import json
+import logging
+import math
 import os
 import runpy
 import signal
@@ -26,19 +28,20 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from vc2.errors import LaunchFailed, Preempted, Vc2Error
-from vc2.failures import RankError, advice, deciding, killed_by, rank_error
+from vc2.failures import RankError, advice, deciding, hung, killed_by, rank_error
 from vc2.progress import Progress, silent
 
 __all__ = [
     "Job",
     "LocalJob",
     "Rank",
+    "Unheard",
     "cpu_count",
     "die_with_parent",
     "end_rank",
@@ -53,10 +56,12 @@ __all__ = [
     "watch",
 ]
 
+log = logging.getLogger(__name__)
+
 PARENT = "VC2_PARENT"  # environment variable by which a starter tells a process its pid
 RANK = "rank"  # first argument of this module where it is to run a rank
 PREEMPTED = 75  # exit code of a process that was asked to stop and left a state behind (EX_TEMPFAIL)
-GRACE = 20.0  # seconds between asking ranks to stop and killing them
+GRACE = 20.0  # seconds between asking ranks to stop and killing them, where they have nothing to keep
 LISTEN = 3.0  # seconds that a rank whose partner is gone waits for others to tell why
 
 
@@ -163,11 +168,25 @@ def die_with_parent() -> None:
 # ---- the side of the starter ----
 
 
-class Job(ABC):
-    """Ranks that were started: poll it until it has an exit code."""
+class Unheard(LaunchFailed):
+    """Nothing is known of ranks that may well go on: they can be come back to."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "communication")
+
+
+class Job(ABC):
+    """Ranks that were started: poll it until it has an exit code.
+
+    Args:
+        name: For messages.
+        grace: Seconds that the ranks have to leave when they are asked to.
+    """
+
+    outlives_starter = False  # whether it goes on when its starter fails, so that another may come back to it
+
+    def __init__(self, name: str, grace: float = GRACE) -> None:
+        self.name, self.grace = name, grace
         self.errors: list[RankError] = []
 
     @property
@@ -180,8 +199,9 @@ class Job(ABC):
         """Exit code, or None while it runs; passes on what the ranks reported since the last call."""
 
     @abstractmethod
-    def cancel(self, grace: float = GRACE) -> None:
-        """Ask all ranks to stop, and kill what is left after `grace` seconds. Of a job that has ended: tidy up."""
+    def cancel(self) -> None:
+        """Ask all ranks to stop, and kill what is left after the grace time, or at once if that is interrupted. Of a
+        job that has ended: tidy up."""
 
     @abstractmethod
     def tail(self, lines: int = 15) -> str:
@@ -205,8 +225,8 @@ class Job(ABC):
 class LocalJob(Job):
     """Ranks under a torchrun of this machine."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, grace: float = GRACE) -> None:
+        super().__init__(name, grace)
         self.process, self._log, self._read = process, log, 0
 
     @property
@@ -223,15 +243,15 @@ class LocalJob(Job):
         self._hear(whole.decode(errors="replace").splitlines(), progress)
         return code
 
-    def cancel(self, grace: float = GRACE) -> None:
-        if self.process.poll() is None:
-            _signal_group(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
-        _signal_group(self.process.pid, signal.SIGKILL)  # also ranks that torchrun could not end
-        self.process.wait()
+    def cancel(self) -> None:
+        try:
+            if self.process.poll() is None:
+                _signal_group(self.process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(self.grace)
+        finally:
+            _signal_group(self.process.pid, signal.SIGKILL)  # ranks that torchrun could not end die with it
+            self.process.wait()
 
     def tail(self, lines: int = 15) -> str:
         return last_lines(self._log.read_text(errors="replace"), lines)
@@ -250,17 +270,29 @@ def start(
     work: Path,
     name: str,
     environment: Mapping[str, str] | None = None,
+    grace: float = GRACE,
 ) -> Job:
-    """Start `world_size` local ranks of `python -m module config_uri` under torchrun. `vc2.ray_jobs` has its twin."""
+    """Start local ranks under torchrun. `vc2.ray_jobs` has its twin.
+
+    Args:
+        module: The ranks run `python -m module config_uri`.
+        config_uri: Their one argument.
+        world_size: How many.
+        work: Folder of this machine for logs and caches.
+        name: For messages and logs.
+        environment: Variables of the ranks besides.
+        grace: Seconds that they have to leave when they are asked to.
+    """
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+    path = logs / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
     torchrun = ("--standalone", f"--nproc-per-node={world_size}", "--max-restarts=0")
     torchrun += ("-m", "vc2.launch", RANK, module, config_uri)
     settings = rank_environment(world_size, work)
+    settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(grace))  # torchrun's own patience, otherwise 30 s
     if sys.platform == "linux":
         settings["GLOO_SOCKET_IFNAME"] = "lo"
-    with open(log, "wb") as file:
+    with open(path, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "vc2.launch", *torchrun],
             stdin=subprocess.DEVNULL,
@@ -269,7 +301,7 @@ def start(
             start_new_session=True,
             env={**os.environ, **settings, **(environment or {}), PARENT: str(os.getpid())},
         )
-    return LocalJob(name, process, log)
+    return LocalJob(name, process, path, grace)
 
 
 def run_ranks(
@@ -289,8 +321,17 @@ def watch(job: Job, progress: Progress = silent, interval: float = 0.2) -> None:
     try:
         while (code := job.poll(progress)) is None:
             time.sleep(interval)
-    except BaseException:
+    except Exception:
+        if not job.outlives_starter:
+            job.cancel()
+        raise
+    except BaseException as stop:  # Ctrl-C, SIGTERM, a flow that is cancelled
+        log.warning("%s: asked to stop; the ranks have %.0f s to leave; asked again, they end now", job.name, job.grace)
         job.cancel()
+        job.poll(progress)
+        cause = deciding(job.errors)
+        if isinstance(stop, KeyboardInterrupt) and cause is not None and cause.kind == "preemption":
+            raise Preempted(cause.message) from None
         raise
     if code == 0:
         return
@@ -341,6 +382,8 @@ def _main() -> None:
             # It could not tell so itself. SIGTERM is how torchrun ends the others.
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 say("error", killed_by(rank, -failure.exitcode, failure.timestamp).as_dict())
+            elif (said := hung(rank, failure.pid, os.environ.get("VC2_WORK"), failure.timestamp)) is not None:
+                say("error", said.as_dict())
         print(failed, file=sys.stderr)
         sys.exit(1)
 

@@ -13,6 +13,7 @@ so workers need no process group of theirs, and Ray Train is asked for none.
 """
 
 import json
+import logging
 import os
 import shlex
 import socket
@@ -25,18 +26,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vc2.errors import ConfigError, LaunchFailed
-from vc2.failures import RankError, killed_by
-from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, last_lines, rank_environment
+from vc2.failures import RankError, hung, killed_by
+from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, Unheard, last_lines, rank_environment
 from vc2.progress import Progress, silent
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["RayJob", "is_running", "start_job"]
+__all__ = ["RayJob", "is_running", "local_rank", "start_job"]
+
+log = logging.getLogger(__name__)
 
 SERVER = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # environment variables that name the cluster
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "VC2_MIRROR", "VC2_OFFLINE")  # no secrets: jobs show them
 SHARE = 20.0  # a log is not asked for again before so many times the seconds that it took
+SUBMIT = 120.0  # seconds for which a job server that takes no job is asked again
+SILENCE = 600.0  # seconds for which the job server may not answer before its job is called unheard
+NO_ANSWER = (RuntimeError, OSError)  # of a job server; what `requests` raises is an OSError
 PROGRESS_EVERY = 1.0  # seconds between two lines of progress of one work in a job's log
 MAIN = "-m vc2.ray_jobs"
 
@@ -47,9 +53,12 @@ MAIN = "-m vc2.ray_jobs"
 class RayJob(Job):
     """A job on the cluster, by its submission id."""
 
+    outlives_starter = True
+
     def __init__(self, client: "JobSubmissionClient", job_id: str) -> None:
         super().__init__(job_id)
         self._client, self.job_id = client, job_id
+        self._heard = time.monotonic()
         self._text, self._read, self._next_look = "", 0, 0.0
 
     @property
@@ -57,6 +66,19 @@ class RayJob(Job):
         return f"ray job logs {self.job_id}"
 
     def poll(self, progress: Progress = silent) -> int | None:
+        try:
+            code = self._poll(progress)
+        except NO_ANSWER as error:  # the job does not need its server
+            if time.monotonic() - self._heard > SILENCE:
+                raise Unheard(
+                    f"{self.job_id}: the job server has not answered for {SILENCE:.0f} s ({_first_line(error)}); the "
+                    "same command comes back to the job"
+                ) from None
+            return None
+        self._heard = time.monotonic()
+        return code
+
+    def _poll(self, progress: Progress) -> int | None:
         status = self._client.get_job_status(self.job_id)
         began = time.monotonic()
         if status.is_terminal() or began >= self._next_look:
@@ -71,12 +93,16 @@ class RayJob(Job):
             self.errors.append(RankError(0, "preemption", f"{self.job_id} was stopped; the same command goes on"))
         return 0 if status.value == "SUCCEEDED" else 1
 
-    def cancel(self, grace: float = GRACE) -> None:
-        if self._client.get_job_status(self.job_id).is_terminal():
-            return
-        self._client.stop_job(self.job_id)
-        until = time.monotonic() + grace
-        while not self._client.get_job_status(self.job_id).is_terminal() and time.monotonic() < until:
+    def cancel(self) -> None:
+        until = time.monotonic() + self.grace
+        is_asked = False
+        while time.monotonic() < until:
+            try:
+                if self._client.get_job_status(self.job_id).is_terminal():
+                    return
+                is_asked = is_asked or self._client.stop_job(self.job_id)
+            except NO_ANSWER as error:
+                log.warning("%s: not stopped yet: %s", self.job_id, _first_line(error))
             time.sleep(0.2)
 
     def tail(self, lines: int = 15) -> str:
@@ -102,12 +128,19 @@ def start_job(module: str, config_uri: str, *, world_size: int, job_id: str, dev
         return RayJob(client, job_id)
     settings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     command = f"python {MAIN} {shlex.join([module, config_uri, str(world_size), device])}"
-    try:
-        client.submit_job(entrypoint=command, submission_id=job_id, runtime_env={"env_vars": settings})
-    except RuntimeError as error:
-        if _status(client, job_id) is None:  # nor was another starter first
-            raise LaunchFailed(f"{job_id}: the job server refused it ({_first_line(error)})", "communication") from None
-    return RayJob(client, job_id)
+    until = time.monotonic() + SUBMIT
+    while True:
+        try:
+            client.submit_job(entrypoint=command, submission_id=job_id, runtime_env={"env_vars": settings})
+            return RayJob(client, job_id)
+        except NO_ANSWER as error:  # as of a head that has just been started
+            if _status(client, job_id) is not None:  # another starter was first
+                return RayJob(client, job_id)
+            if time.monotonic() > until:
+                raise LaunchFailed(
+                    f"{job_id}: the job server refused it ({_first_line(error)})", "communication"
+                ) from None
+        time.sleep(2.0)
 
 
 def is_running(job_id: str) -> bool:
@@ -135,10 +168,10 @@ def _client() -> "JobSubmissionClient":
 def _status(client: "JobSubmissionClient", job_id: str) -> Any:
     try:
         return client.get_job_status(job_id)
-    except RuntimeError as error:
+    except NO_ANSWER as error:
         if "does not exist" in str(error) or "404" in str(error):
             return None
-        raise LaunchFailed(f"{job_id}: the job server says {_first_line(error)}", "communication") from None
+        raise Unheard(f"{job_id}: the job server says {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -173,7 +206,7 @@ def run_job(module: str, config_uri: str, world_size: int, device: str) -> int:
     use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     ears = ray.remote(num_cpus=0)(Ears).remote()
     over, printed = threading.Event(), _Printed()
-    speaker = threading.Thread(target=_print_all, args=(ears, over, printed))
+    speaker = threading.Thread(target=_print_all, args=(ears, over, printed), daemon=True)
     speaker.start()
     trainer = DataParallelTrainer(
         start_rank,
@@ -190,8 +223,9 @@ def run_job(module: str, config_uri: str, world_size: int, device: str) -> int:
         trainer.fit()
     except TrainingFailedError as error:
         failure = error
-    over.set()
-    speaker.join()
+    finally:
+        over.set()
+        speaker.join(GRACE)  # whatever ended the ranks, what they said is printed
     if failure is None:
         return 0
     if not printed.errors:
@@ -249,9 +283,10 @@ def start_rank(config: dict[str, Any]) -> None:
     settings = rank_environment(context.get_local_world_size(), work) | {
         "RANK": str(rank),
         "WORLD_SIZE": str(context.get_world_size()),
-        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_RANK": str(local_rank(context.get_local_rank(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))),
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
+        "VC2_WORK": str(work),  # the request names a folder of the starter's machine
         PARENT: str(os.getpid()),
     }
     if address.startswith("127."):
@@ -273,9 +308,16 @@ def start_rank(config: dict[str, Any]) -> None:
     if code < 0:
         said = killed_by(rank, -code, time.time()).as_dict()
         ray.get(ears.tell.remote(f"@error {json.dumps(said)}"))
+    elif code and (stuck := hung(rank, process.pid, str(work), time.time())) is not None:
+        ray.get(ears.tell.remote(f"@error {json.dumps(stuck.as_dict())}"))
     if code:
         time.sleep(GRACE / 4)  # Ray Train ends all workers with the first that fails: let others say why they did
         raise RuntimeError(f"rank {rank} ended with exit code {code}")
+
+
+def local_rank(by_ray: int, visible: str) -> int:
+    """Number of a rank's GPU among those that its worker sees: Ray shows each worker its own alone."""
+    return 0 if len([gpu for gpu in visible.split(",") if gpu]) == 1 else by_ray
 
 
 def _free_port() -> int:

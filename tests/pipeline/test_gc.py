@@ -196,6 +196,18 @@ def test_nothing_is_deleted_while_a_manifest_cannot_be_read(full: Full, key: str
     assert full.keys() == before
 
 
+def test_a_run_keeps_what_it_was_asked_to_keep(full: Full) -> None:
+    """A smaller `keep` takes nothing away that the run's own retention leaves there; a larger one counts."""
+    run = Run(full.store, "temporal", "3")
+    claim(run, 1, GONE, request={"stage": {"keep_states": 3, "keep_every_steps": None}})
+    for step in range(1, 7):
+        put_state(run, 1, step)
+    full.age(48)
+    for keep, steps in ((5, {2, 3, 4, 5, 6}), (2, {4, 5, 6})):
+        collect_garbage(full.store, keep=keep)
+        assert kept_steps(run) == {(1, step) for step in steps}
+
+
 def test_a_pinned_state_stays(full: Full, capsys: pytest.CaptureFixture[str]) -> None:
     """By its own URI or that of a checkpoint of its step, until it is unpinned."""
     full.age(48)

@@ -158,6 +158,6 @@ def test_stopped_by_ctrl_c_it_leaves_nobody_and_goes_on(
         family = main.children(recursive=True)
     time.sleep(3)
     os.kill(main.pid, signal.SIGINT)
-    _, said = main.communicate(timeout=60)
+    _, said = main.communicate(timeout=200)
     assert main.returncode in (75, 130), said
     assert psutil.wait_procs(family, timeout=10)[1] == []

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from vc2.errors import StoreError
 from vc2.train.attempts import (
     Attempt,
     Heartbeat,
     Holder,
     Run,
+    StateDamaged,
     StateFile,
     StateManifest,
     StateRef,
@@ -114,7 +114,7 @@ def test_retention_keeps_the_newest_the_spaced_the_pinned_and_the_start(run: Run
     run.unpin(StateRef(attempt=1, step=8))
     collect(run, keep=2, keep_every=5)
     assert {(ref.attempt, ref.step) for ref in run.all_states()} == found - {(1, 8)}
-    with pytest.raises(StoreError, match="no readable manifest"):
+    with pytest.raises(StateDamaged, match="no readable manifest"):
         run.pin(StateRef(attempt=1, step=3))
 
 

@@ -17,7 +17,7 @@ from vc2.storage import LocalStore
 from vc2.train import rank
 from vc2.train.attempts import Attempt, Run, StateRef, Superseded, newest_state, this_process
 from vc2.train.config import Layout, Strategy, TrainStage
-from vc2.train.export import export_state, export_step
+from vc2.train.export import _pinned, export_state, export_step
 from vc2.train.request import RankRequest
 
 
@@ -150,6 +150,22 @@ def test_the_card_says_what_a_stranger_must_know(world: World, base: Checkpoint)
         assert words not in card
     parts = Parts.of_checkpoint(world.store, manifest, world.work / "cache")
     assert parts.autoencoder is not None and parts.text is None and parts.fps == {8: 2, 9: 2, 10: 2}
+
+
+def test_retention_leaves_a_state_alone_while_it_is_exported(world: World, base: Checkpoint) -> None:
+    """Also when the run has gone on so far that it would go; a pin that was there before stays, no other does."""
+    run, ref = Run(world.store, "full", "a" * 64), StateRef(attempt=1, step=3)
+    with _pinned(run, ref):
+        assert ref in run.pinned() and ref in run.kept(1, None)
+    assert run.pinned() == set()
+    prefix = checkpoint_prefix("full", run.fingerprint, 3)
+    for pins in (set(), {ref}):
+        for pin in pins:
+            run.pin(pin)
+        removed(world, prefix)
+        assert export_step(run, world.work, 3).prefix == prefix
+        assert run.pinned() == pins
+    run.unpin(ref)
 
 
 def test_a_state_off_the_chain_is_no_checkpoint(

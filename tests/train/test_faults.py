@@ -5,6 +5,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ def proxy(s3_endpoint: str) -> Iterator[Any]:
         yield proxy
 
 
-def through(endpoint: str, s3_uri: str, stage: TrainStage, name: str = "f") -> Run:
+def through(endpoint: str, s3_uri: str, stage: TrainStage, name: str = "f", attempts: int = 3) -> Run:
     """A run in the bucket, by another way to it."""
     before = os.environ["AWS_ENDPOINT_URL"]
     os.environ["AWS_ENDPOINT_URL"] = endpoint
     try:
         bucket, _, prefix = s3_uri.removeprefix("s3://").partition("/")
-        return Run(S3Store(bucket, prefix, attempts=3, patience=5), stage.name, name * 64)
+        return Run(S3Store(bucket, prefix, attempts=attempts, patience=5), stage.name, name * 64)
     finally:
         os.environ["AWS_ENDPOINT_URL"] = before
 
@@ -129,6 +130,27 @@ def test_killed_on_a_bad_network_it_ends_as_unbroken(
     check_against_unbroken(stage, start_attempt, trainer, clean)
 
 
+def test_a_store_that_does_not_answer_damages_no_state(
+    s3_endpoint: str, s3_uri: str, proxy: Any, stage: TrainStage, start_attempt: StartAttempt
+) -> None:
+    """After however many calls it goes away: the search for the newest state fails, and never finds an older one."""
+    proxy.rate, stage = 0.0, stage.evolve(num_steps=2, state_every_steps=1)
+    clean = through(s3_endpoint, s3_uri, stage)
+    start_attempt(stage, run=clean).train()
+    assert [ref.step for ref in clean.states()] == [2, 1]
+    faulty = through(proxy.endpoint, s3_uri, stage, attempts=1)
+    newest_state(faulty)
+    calls, way = proxy.counts["passed"], proxy.way
+    for answered in range(calls):
+        ways = iter(["passed"] * answered)
+        proxy.way = partial(next, ways, "slow_down")
+        with pytest.raises(StoreError, match=r"SlowDown|503"):
+            newest_state(faulty)
+    proxy.way = way
+    found, damaged = newest_state(faulty)
+    assert found is not None and found.step == 2 and damaged == [] and calls > 8
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(2))
 def test_twenty_kills_on_a_bad_network(
@@ -190,7 +212,9 @@ def test_an_outage_that_lasts_ends_the_run_and_loses_nothing(
     batch_of = trainer.batches.at
 
     def with_outage(at: int) -> Any:
-        proxy.is_out = at >= 3
+        if at == 3:
+            trainer.writer.wait()
+            proxy.is_out = True
         if at == 5:
             while not trainer.writer.has_failed:
                 trainer.writer._ended.wait(0.05)

@@ -1,6 +1,7 @@
 """Whoever starts the ranks, they train the same network: bit for bit at the same layout."""
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -20,8 +22,8 @@ import pytest
 
 from vc2.artifacts import Checkpoint, FileEntry, ShardSet
 from vc2.errors import ConfigError, LaunchFailed, StoreError
-from vc2.launch import rank_environment
-from vc2.storage import LocalStore, open_store
+from vc2.launch import Unheard, rank_environment, watch
+from vc2.storage import Entry, LocalStore, open_store
 from vc2.train.attempts import Attempt, Run, this_process
 from vc2.train.config import Layout, TrainStage
 from vc2.train.request import RankRequest
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed and g
 
 ROOT = Path(__file__).parents[2]
 CALLER = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from vc2.artifacts import ShardSet
 from vc2.errors import Preempted
@@ -39,6 +41,7 @@ from vc2.launch import report
 from vc2.storage import open_store
 from vc2.train.config import TrainStage
 from vc2.train.run import train
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
 stage, store, work, fingerprint, shards = json.loads(sys.argv[1])
 try:
     train(TrainStage.model_validate(stage), open_store(store), Path(work), fingerprint=fingerprint, progress=report,
@@ -182,6 +185,50 @@ def test_a_wrong_number_of_ranks_is_refused(make_place: Callable[[], Place], mon
     assert Run(place.store, "full", NAME).newest() == 0
 
 
+def test_a_starter_that_is_asked_to_stop_leaves_a_state(make_place: Callable[[], Place]) -> None:
+    """SIGTERM to the starter alone, where no state would have been due: exit code 75, and the ranks have left one."""
+    place = make_place()
+    run = Run(place.store, "full", NAME)
+    stage = place.stage.evolve(num_steps=100_000, state_every_steps=100_000)
+    with subprocess.Popen(place.call(stage), stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        steps = (line for line in starter.stdout if '"work": "train/full"' in line)
+        while json.loads(next(steps).partition(" ")[2])["done"] < 1:
+            pass
+        assert run.all_states() == []
+        starter.send_signal(signal.SIGTERM)
+        starter.communicate()
+    assert starter.returncode == 75
+    (ref,) = run.all_states()
+    assert ref.step >= 1 and run.manifest(ref).step == ref.step
+    assert json.loads(place.store.read(f"{run.prefix}/attempts/0001.ended"))["kind"] == "preemption"
+
+
+class AwayAtFirst(LocalStore):
+    """A store that does not answer the first four questions for a list."""
+
+    asked = 0
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        self.asked += 1
+        if self.asked < 5:
+            raise StoreError("the store is away")
+        return super().list(prefix)
+
+
+def test_a_store_that_is_away_before_the_first_step_is_waited_for(
+    make_place: Callable[[], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than ranks are started anew; but not longer than `outage_seconds`."""
+    monkeypatch.setattr("vc2.train.run.PAUSES", (0.01, 0.02))
+    place = make_place()
+    stage = place.stage.evolve(launcher="ray")  # ends soon: nobody said how many clips at once
+    with pytest.raises(ConfigError, match="Set micro_batch"):
+        replace(place, store=AwayAtFirst(Path(place.store.uri))).train(stage)
+    with pytest.raises(StoreError, match="is away"):
+        replace(place, store=AwayAtFirst(Path(place.store.uri))).train(stage.evolve(outage_seconds=0))
+
+
 def test_what_may_pass_is_tried_again_and_what_cannot_is_not(make_place: Callable[[], Place]) -> None:
     """A rank killed by a signal: a new attempt goes on and ends as ever. A broken setting: one attempt, and why."""
     place = make_place()
@@ -265,7 +312,7 @@ def test_a_ray_job_trains_the_same_and_outlives_whoever_started_it(
 
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_cluster)
     place = make_place()
-    stage = place.stage.evolve(launcher="ray")
+    stage = place.stage.evolve(launcher="ray", micro_batch=2)
     run = Run(place.store, "full", NAME)
     job = f"vc2-train-full-{NAME[:12]}-1"
     caller = subprocess.Popen(place.call(stage), stdout=subprocess.DEVNULL)
@@ -293,7 +340,48 @@ def test_without_a_cluster_it_says_what_to_set(
         monkeypatch.delenv(name, raising=False)
     place = make_place()
     with pytest.raises(ConfigError, match="set RAY_API_SERVER_ADDRESS"):
-        place.train(place.stage.evolve(launcher="ray"))
+        place.train(place.stage.evolve(launcher="ray", micro_batch=2))
+
+
+class JobServer(http.server.BaseHTTPRequestHandler):
+    """Says that it is one, and nothing else."""
+
+    def do_GET(self) -> None:
+        said = json.dumps({"version": "4", "ray_version": "2.0", "ray_commit": "", "session_name": ""}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_job_server_that_is_away_for_a_moment_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job is polled again; after long, whoever watches gives up, and the job is left to itself."""
+    from ray.job_submission import JobSubmissionClient
+
+    from vc2.ray_jobs import RayJob
+
+    with http.server.HTTPServer(("127.0.0.1", 0), JobServer) as server:
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        job = RayJob(JobSubmissionClient(f"http://127.0.0.1:{server.server_port}"), "job-1")
+        server.shutdown()
+        answering.join()
+    assert job.poll() is None
+    monkeypatch.setattr("vc2.ray_jobs.SILENCE", 0.0)
+    monkeypatch.setattr(job, "cancel", lambda: pytest.fail("a job that may be well was stopped"))
+    with pytest.raises(Unheard, match="has not answered"):
+        watch(job)
+
+
+@pytest.mark.parametrize(("visible", "number"), [("3", 0), ("0,1,2,3", 3), ("", 3)])
+def test_a_worker_that_sees_one_gpu_calls_it_the_first(visible: str, number: int) -> None:
+    """Ray shows each worker its own GPU alone, whatever its number on the machine."""
+    from vc2.ray_jobs import local_rank
+
+    assert local_rank(3, visible) == number
 
 
 @pytest.mark.s3

@@ -17,7 +17,7 @@ import pytest
 import simplejpeg
 import torch
 
-from vc2.artifacts import Manifest, ShardSet, commit, load_manifest, put_file, put_object, verify
+from vc2.artifacts import Checkpoint, Manifest, ShardSet, commit, find, load_manifest, put_file, put_object, verify
 from vc2.cli import described
 from vc2.data.audit import check_samples, explain
 from vc2.data.config import LoaderConfig
@@ -32,7 +32,8 @@ from vc2.train.attempts import Run
 from vc2.train.config import Phase, TrainStage
 from vc2.train.latents import pack, unpack
 from vc2.train.loop import Trainer
-from vc2.train.precompute import check_latents, precompute
+from vc2.train.precompute import check_latents, precompute, text_digest
+from vc2.train.request import TEXT_WEIGHTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback: Linux")
 
@@ -201,3 +202,27 @@ def test_latents_that_do_not_belong_to_the_run_are_refused(world: World) -> None
         check(world.stage.evolve(phases=(Phase(num_frames=2),)))
     with pytest.raises(ConfigError, match="holds latents already"):
         precompute(world.stage, world.store, world.work, world.latents)
+
+
+def test_the_text_tower_that_a_checkpoint_brings_is_part_of_the_name(world: World, tmp_path: Path) -> None:
+    """As in training: the one that is named, else the one that comes with what training starts from."""
+    prefixes = ("checkpoints/imported/d", "checkpoints/imported/e")
+    for prefix in prefixes:
+        manifest = Manifest(
+            kind="checkpoint", stage="import", stage_version=1, fingerprint=prefix[-1] * 64, config={}, inputs={},
+            files=(put_file(world.store, prefix, TEXT_WEIGHTS, prefix.encode()),),
+        )  # fmt: skip
+        assert isinstance(commit(world.store, prefix, manifest), Checkpoint)
+    first, second = (find(world.store, prefix, Checkpoint) for prefix in prefixes)
+    model = world.stage.model
+
+    def digest(start_from: Checkpoint | None, text_path: str = "", seed: int | None = None) -> str:
+        text = model.text.evolve(seed=seed)
+        stage = world.stage.evolve(model=model.evolve(text=text, text_path=text_path))
+        return text_digest(stage, world.store, world.work, start_from)
+
+    named = tmp_path / "text.safetensors"
+    named.write_bytes(prefixes[0].encode())
+    assert digest(first) != digest(second)
+    assert digest(first) == digest(None, str(named)) == digest(second, str(named))
+    assert digest(first, seed=0) == digest(second, seed=0) == digest(None, seed=0)

@@ -19,11 +19,12 @@ from torch import nn
 from vc2.errors import StoreError
 from vc2.launch import Rank
 from vc2.storage import LocalStore
+from vc2.train import states
 from vc2.train.attempts import Attempt, Run, StateRef, Superseded, newest_state
 from vc2.train.config import Layout, TrainStage
 from vc2.train.ema import Ema
 from vc2.train.engine import PlainEngine
-from vc2.train.kept import adopt, kept_folder
+from vc2.train.kept import adopt, kept_folder, list_key
 from vc2.train.states import StateWriter, restore
 
 Claim = Callable[..., Attempt]
@@ -267,6 +268,87 @@ def test_a_state_that_one_rank_has_passed_over_is_left_out(run: Run, two: Simple
         two.learners[0].to(step).save(first)
     first.wait()
     assert steps(run) == [3, 1]
+
+
+def test_a_store_that_is_too_slow_for_states_is_not_waited_for_without_end(
+    run: Run, two: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no patience left the newest state takes the place of the one that waits, and that is no trouble."""
+    first, second = two.writers(patience=0.2)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):  # the first rank cannot commit before the other has stored its part
+            two.learners[0].to(step).save(first)
+    assert first._waiting is not None and first._waiting.ref.step == 3
+    assert "leaves out the state of step 2" in caplog.text and not first._trouble and first.stall >= 0.2
+    for step in (1, 3):
+        two.learners[1].to(step).save(second)
+    for writer in (first, second):
+        writer.wait()
+    assert steps(run) == [3, 1]
+
+
+def test_a_state_that_is_left_out_leaves_no_trouble_behind(
+    run: Run, two: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kept it from being whole is over: it must not end the run when nothing else is written for long."""
+    monkeypatch.setattr(states, "LISTS_LATE", 0.0)
+    first, second = two.writers()
+    two.learners[0].to(1).save(first)
+    while not first._trouble:
+        first._ended.wait(0.01)
+    two.learners[1].to(3).save(second)
+    second.wait()
+    while first._is_writing:
+        first._ended.wait(0.01)
+    assert steps(run) == [] and not first._trouble
+
+
+def test_the_curve_is_the_first_ranks(run: Run, two: SimpleNamespace, tmp_path: Path) -> None:
+    """A part that another rank kept makes a state whole; the curve beside it stays as the first rank left it."""
+    first, second = two.writers()
+    run.store.write(run.metrics_key(1, 0), b"the curve")
+    two.block(4)
+    two.learners[0].to(4).save(first)
+    two.learners[1].to(4).save(second)
+    while run.store.entry(list_key(run, StateRef(attempt=1, step=4), 0)) is None:
+        first._ended.wait(0.01)
+    first._ended.set()  # the process is gone
+    assert second.keep_newest() is not None
+    two.unblock()
+    assert adopt(run, tmp_path) == StateRef(attempt=1, step=4) and steps(run) == [4]
+    assert run.store.read(run.metrics_key(1, 0)) == b"the curve"
+
+
+def test_the_newest_state_is_kept_however_long_its_copy_takes(
+    writer: StateWriter, learner: Learner, outage: Outage
+) -> None:
+    """The thread that writes may be gone before the copy is there."""
+    outage.begin()
+    for step in (2, 3):
+        learner.to(step).save(writer)
+        while not writer._trouble:
+            writer._ended.wait(0.01)
+
+    def arrive() -> None:
+        while writer._is_writing:
+            time.sleep(0.01)
+
+    writer._copied = SimpleNamespace(synchronize=arrive)  # an event of a GPU
+    folder = writer.keep_newest()
+    assert folder is not None and folder.name == "00000003" and (folder / "rank-0.json").exists()
+
+
+def test_what_replaced_attempts_kept_goes(run: Run, writer: StateWriter, learner: Learner, outage: Outage,
+    tmp_path: Path) -> None:  # fmt: skip
+    """Also on machines where no run is started, only its ranks: what this attempt keeps stays."""
+    outage.begin()
+    learner.to(1).save(writer)
+    kept = writer.keep_newest()
+    outage.end()
+    writer_of(run, tmp_path)
+    assert kept is not None and kept.exists()
+    writer_of(run, tmp_path, attempt=2)
+    assert not kept.exists()
 
 
 def test_parts_kept_here_join_parts_in_the_store(run: Run, two: SimpleNamespace, tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def collect_garbage(
 
     Args:
         store: Where.
-        keep: Newest train states that each run keeps, whether it is finished or not.
+        keep: Newest train states that each run keeps at least, whether it is finished or not; one that was asked to
+            keep more (`keep_states` of its newest attempt) keeps those.
         grace_hours: What was stored less than so long ago stays.
         dry_run: Delete nothing.
         progress: Told about deletions.
@@ -88,7 +89,8 @@ def find_garbage(store: Store, *, keep: int = 2, grace_hours: float = 24.0) -> G
         if newest and is_alive(run, newest):
             alive.append(run.prefix)
         elif newest:
-            found["states"] += doomed_keys(run, keep, _keep_every(run.attempt(newest)))
+            keep_states, keep_every = _retention(run.attempt(newest))
+            found["states"] += doomed_keys(run, max(keep, keep_states), keep_every)
             found["heartbeats"] += _old_heartbeats(run, newest)
     for entry in store.list("objects/"):
         if entry.key.removeprefix("objects/") not in marked:
@@ -217,9 +219,10 @@ def _runs(store: Store) -> Iterator[Run]:
     return (Run(store, stage, fingerprint) for stage, fingerprint in sorted(names))
 
 
-def _keep_every(attempt: Attempt) -> int | None:
-    found = attempt.request.get("stage", {}).get("keep_every_steps")
-    return int(found) if found else None
+def _retention(attempt: Attempt) -> tuple[int, int | None]:
+    """`keep_states` and `keep_every_steps` of what the ranks were asked."""
+    stage = attempt.request.get("stage", {})
+    return int(stage.get("keep_states") or 0), int(stage.get("keep_every_steps") or 0) or None
 
 
 def _old_heartbeats(run: Run, newest: int) -> list[Entry]:

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 
 from vc2.artifacts import FileEntry
 from vc2.config import Config
-from vc2.errors import StoreError, Vc2Error
+from vc2.errors import ShardCorrupted, StoreError, Vc2Error
 from vc2.storage import Entry, Store
 from vc2.train.config import Layout
 
@@ -39,6 +39,7 @@ __all__ = [
     "Heartbeat",
     "Holder",
     "Run",
+    "StateDamaged",
     "StateFile",
     "StateManifest",
     "StateRef",
@@ -49,6 +50,7 @@ __all__ = [
     "is_alive",
     "newest_state",
     "this_process",
+    "whole_state",
 ]
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,13 @@ PIECE = 8 * 2**20  # bytes read at a time when a file is verified
 
 class Superseded(Vc2Error):
     """A newer attempt has taken over this run; nothing was written."""
+
+
+class StateDamaged(StoreError):
+    """A train state that is not what was committed: a part of it is missing, torn or changed.
+
+    A store that does not answer damages nothing: what it holds is as good as before.
+    """
 
 
 class StateRef(Config):
@@ -104,7 +113,7 @@ class StateManifest(Config):
     """What a train state is made of. It exists when this does."""
 
     attempt: int
-    step: int  # optimizer steps taken
+    step: int  # batches looked at, whether they changed the weights or not
     samples: int  # clips seen
     ema_updates: int
     updates: int  # optimizer steps that changed the weights: all but the skipped ones
@@ -196,19 +205,20 @@ class Run:
         """The manifest of a state.
 
         Raises:
-            StoreError: If there is none, or it cannot be read.
+            StateDamaged: If there is none, or it is torn.
+            StoreError: If the store does not answer.
         """
         key = f"{self.state_prefix(ref)}/manifest.json"
         try:
             return StateManifest.model_validate_json(self.store.read(key))
         except (KeyError, ValidationError) as error:
-            raise StoreError(f"{self.store.uri}/{key}: no readable manifest ({str(error).splitlines()[0]})") from None
+            raise StateDamaged(f"{self.store.uri}/{key}: no readable manifest ({str(error).splitlines()[0]})") from None
 
     def pin(self, ref: StateRef) -> None:
         """Keep a state for good.
 
         Raises:
-            StoreError: If there is no such state.
+            StateDamaged: If there is no such state.
         """
         self.manifest(ref)
         self.store.write(self._pin_key(ref), b"")
@@ -246,14 +256,15 @@ def _ref_of(key: str) -> StateRef | None:
     return StateRef(attempt=int(found[1]), step=int(found[2])) if found else None
 
 
-def commit_state(run: Run, manifest: StateManifest, metrics: tuple[str, bytes]) -> None:
-    """Make a state exist: its files are all there. The training curve, (key, lines), is stored before it.
+def commit_state(run: Run, manifest: StateManifest, metrics: tuple[str, bytes] | None) -> None:
+    """Make a state exist: its files are all there. The training curve, (key, lines), is stored before it, if known.
 
     Raises:
         Superseded: If a newer attempt has taken over.
     """
     run.ensure_newest(manifest.attempt)
-    run.store.write(*metrics)
+    if metrics is not None:
+        run.store.write(*metrics)
     key = f"{run.state_prefix(manifest.ref)}/manifest.json"
     run.store.write_if_absent(key, manifest.model_dump_json(indent=1).encode())
 
@@ -267,21 +278,34 @@ def newest_state(run: Run, *, at_most: int | None = None) -> tuple[StateManifest
 
     Returns:
         Its manifest, or None where a run starts from its beginning; and a line for every newer state that was damaged.
+
+    Raises:
+        StoreError: If the store does not answer. That says nothing about a state, so none is passed over for it.
     """
     damaged = []
     for ref in run.states():
         if at_most is not None and ref.step > at_most:
             continue
         try:
-            manifest = run.manifest(ref)
-            trouble = next((line for file in manifest.files if (line := _damage(run.store, file))), None)
-            if trouble is None:
-                return manifest, damaged
-        except StoreError as error:
-            trouble = str(error)
-        damaged.append(f"state {ref.attempt}/{ref.step} is damaged, going back to the one before: {trouble}")
-        log.warning(damaged[-1])
+            return whole_state(run, ref), damaged
+        except StateDamaged as error:
+            damaged.append(f"state {ref.attempt}/{ref.step} is damaged, going back to the one before: {error}")
+            log.warning(damaged[-1])
     return None, damaged
+
+
+def whole_state(run: Run, ref: StateRef) -> StateManifest:
+    """The manifest of a state, once every byte of its files is found to be what it says.
+
+    Raises:
+        StateDamaged: If one is not.
+        StoreError: If the store does not answer.
+    """
+    manifest = run.manifest(ref)
+    for file in manifest.files:
+        if damage := _damage(run.store, file):
+            raise StateDamaged(damage)
+    return manifest
 
 
 def _damage(store: Store, file: FileEntry) -> str | None:
@@ -291,8 +315,13 @@ def _damage(store: Store, file: FileEntry) -> str | None:
     if entry.size != file.size:
         return f"{file.key} has {entry.size} bytes, its manifest says {file.size}"
     sha256 = hashlib.sha256()
-    for offset in range(0, file.size, PIECE):
-        sha256.update(store.read_range(file.key, offset, min(PIECE, file.size - offset)))
+    try:
+        for offset in range(0, file.size, PIECE):
+            sha256.update(store.read_range(file.key, offset, min(PIECE, file.size - offset)))
+    except KeyError:  # deleted since
+        return f"{file.key} is missing"
+    except ShardCorrupted as error:  # shorter since
+        return str(error)
     if sha256.hexdigest() != file.sha256:
         return f"{file.key} has sha256 {sha256.hexdigest()[:12]}, its manifest says {file.sha256[:12]}"
     return None

@@ -161,9 +161,20 @@ class TrainStage(Config):
                 f"batch_size={self.batch_size} is no multiple of world_size x micro_batch = "
                 f"{ranks} x {self.micro_batch or 1}"
             )
+        multiple = self.model.autoencoder.downsampling * self.model.unet.downsampling
+        for number, phase in enumerate(self.phases):
+            if (phase.width or 0) % multiple or (phase.height or 0) % multiple:
+                raise ValueError(
+                    f"phases[{number}] asks for {phase.width} x {phase.height} pixels: expected multiples of {multiple}"
+                )
         if endless := [number for number, phase in enumerate(self.phases[:-1]) if phase.steps is None]:
             raise ValueError(f"phases[{endless[0]}] has no steps; only the last phase may go on to the end")
         return self
+
+    @property
+    def last_phase(self) -> Phase:
+        """The phase that a run ends with."""
+        return self.phases[-1] if self.phases else Phase()
 
     def phase_at(self, step: int) -> Phase:
         """The phase of a step, counted from 0; after the last one it goes on."""
@@ -171,7 +182,7 @@ class TrainStage(Config):
             if phase.steps is None or step < phase.steps:
                 return phase
             step -= phase.steps
-        return self.phases[-1] if self.phases else Phase()
+        return self.last_phase
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: that of its phase, warmed up from the start of the run."""

@@ -86,11 +86,6 @@ class Encoders:
         """
         return self._recall("moments", identity, lambda: self._encode_frames(frames))
 
-    def forget_moments(self) -> None:
-        """Samples are to be encoded anew: their size has changed."""
-        for name in [name for name in self._memory if name[0] == "moments"]:
-            self._bytes -= self._memory.pop(name).nbytes
-
     def text(self, caption: str) -> Tensor:
         """Features of a caption, (L, D), on the CPU."""
         return self._recall("text", caption, lambda: self.text_encoder.encode([caption])[0].float().cpu())
@@ -143,7 +138,12 @@ class Batches:
         self._phase_of, self._patience = phase_of, patience
         self._phase = Phase()
         self._ahead = Prefetch(
-            samples, rank, world_size, threads=threads, memory_bytes=memory_bytes, is_known=encoders.remembers
+            samples,
+            rank,
+            world_size,
+            threads=threads,
+            memory_bytes=memory_bytes,
+            is_known=lambda identity: encoders.remembers(_sized(identity, self._phase)),
         )
 
     def at(self, step: int) -> Batch:
@@ -153,27 +153,26 @@ class Batches:
             StoreError: If a sample cannot be read and was asked for again as long as patience lasts.
             ConfigError: If the phase of the step does not fit the samples.
         """
-        self._enter(step)
+        self._phase = self._phase_of(step)
 
         def read() -> Batch:
             try:
-                return self._batch([self._encoded(*found) for found in self._ahead.at(step)])
+                return self._batch([self._encoded(*found, self._phase) for found in self._ahead.at(step)])
             except StoreError:
                 self._ahead.restart(step)
                 raise
 
         return self._patiently(read, f"step {step} waits for its samples")
 
-    def of(self, step: int, refs: Sequence[Sample]) -> Batch:
-        """Other samples of one kind than those of the step, in its phase; with the same patience."""
-        self._enter(step)
+    def of(self, refs: Sequence[Sample], phase: Phase) -> Batch:
+        """Other samples than those of a step, all of one kind, in the size of a phase; with the same patience."""
 
         def read() -> Batch:
-            known = [self._encoders.remembers(ref.identity) for ref in refs]
+            known = [self._encoders.remembers(_sized(ref.identity, phase)) for ref in refs]
             found = [
                 (ref, None) if is_known else self._samples.read(ref) for ref, is_known in zip(refs, known, strict=True)
             ]
-            return self._batch([self._encoded(*one) for one in found])
+            return self._batch([self._encoded(*one, phase) for one in found])
 
         return self._patiently(read, "validation waits for its samples")
 
@@ -192,12 +191,6 @@ class Batches:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _enter(self, step: int) -> None:
-        phase = self._phase_of(step)
-        if _size(phase) != _size(self._phase):
-            self._encoders.forget_moments()
-        self._phase = phase
-
     def _batch(self, found: Sequence[tuple[Sample, Tensor, Tensor]]) -> Batch:
         refs = [ref for ref, *_ in found]
         return Batch(
@@ -214,16 +207,19 @@ class Batches:
         """End the reading threads."""
         self._ahead.close()
 
-    def _encoded(self, ref: Sample, frames: NDArray[np.uint8] | None) -> tuple[Sample, Tensor, Tensor]:
+    def _encoded(self, ref: Sample, frames: NDArray[np.uint8] | None, phase: Phase) -> tuple[Sample, Tensor, Tensor]:
         """The sample that serves for `ref` (itself, unless it is damaged), its moments and its text."""
-        if frames is None and not self._encoders.remembers(ref.identity):  # forgotten since it was looked ahead at
+        if frames is None and not self._encoders.remembers(_sized(ref.identity, phase)):
+            # It was remembered when it was looked ahead at, and forgotten since.
             ref, frames = self._ahead.read(ref)
         if frames is not None and frames.ndim == 1:  # encoded beforehand
             return ref, *unpack(frames)
         if frames is not None:
-            frames = fitted(frames, self._phase)
-        return ref, self._encoders.moments(ref.identity, frames), self._encoders.text(ref.caption)
+            frames = fitted(frames, phase)
+        return ref, self._encoders.moments(_sized(ref.identity, phase), frames), self._encoders.text(ref.caption)
 
 
-def _size(phase: Phase) -> tuple[int | None, ...]:
-    return phase.num_frames, phase.height, phase.width
+def _sized(identity: Hashable, phase: Phase) -> Hashable:
+    """What the latents of a sample are: those of its frames, in the size of the phase."""
+    size = phase.num_frames, phase.height, phase.width
+    return (identity, size) if any(size) else identity

@@ -8,9 +8,10 @@ One network is in host memory, and one parameter's fragments at a time.
 """
 
 import json
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from vc2.model.lora import merged_state_dict, save_lora
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.unet import UNet3D
 from vc2.storage import Store
-from vc2.train.attempts import Run, StateManifest, StateRef, Superseded, newest_state
+from vc2.train.attempts import Run, StateDamaged, StateManifest, StateRef, Superseded, whole_state
 from vc2.train.card import model_card
 from vc2.train.config import STAGE_VERSION, TrainStage
 from vc2.train.fragments import Fragment, read_fragments
@@ -57,9 +58,12 @@ from vc2.train.states import state_files
 
 __all__ = ["commit_checkpoint", "curve_facts", "export_state", "export_step", "licenses_of", "open_loader"]
 
+log = logging.getLogger(__name__)
+
 
 def export_step(run: Run, work: Path, step: int | None = None) -> Checkpoint:
-    """Make a state of a run a checkpoint, or find the one that it is already. The run may be going on.
+    """Make a state of a run a checkpoint, or find the one that it is already. The run may be going on: the state is
+    pinned meanwhile, so that retention leaves it alone.
 
     Args:
         run: The run.
@@ -71,20 +75,47 @@ def export_step(run: Run, work: Path, step: int | None = None) -> Checkpoint:
     """
     if step is not None and (done := find(run.store, checkpoint_prefix(run.stage, run.fingerprint, step), Checkpoint)):
         return done
-    state, damaged = newest_state(run, at_most=step)
-    if state is None or step not in (None, state.step):
-        steps = ", ".join(str(ref.step) for ref in run.states()) or "none"
-        raise StoreError(
-            f"{run.store.uri}/{run.prefix}: no whole train state{'' if step is None else f' of step {step}'}"
-            f"{' (' + damaged[0] + ')' if damaged else ''}; there are states of steps {steps}"
-        )
-    if done := find(run.store, checkpoint_prefix(run.stage, run.fingerprint, state.step), Checkpoint):
-        return done
-    asked = run.attempt(state.attempt).request
+    states, damaged = list(run.states()), []
+    for ref in states:
+        if step not in (None, ref.step):
+            continue
+        if done := find(run.store, checkpoint_prefix(run.stage, run.fingerprint, ref.step), Checkpoint):
+            return done
+        try:
+            with _pinned(run, ref):
+                return export_state(_request_of(run, ref, work), run, whole_state(run, ref), work)
+        except StateDamaged as error:
+            damaged.append(str(error))
+            log.warning("%s: the state of step %d is damaged: %s", run.prefix, ref.step, error)
+    steps = ", ".join(str(ref.step) for ref in states) or "none"
+    raise StoreError(
+        f"{run.store.uri}/{run.prefix}: no whole train state{'' if step is None else f' of step {step}'}"
+        f"{' (' + damaged[0] + ')' if damaged else ''}; there are states of steps {steps}"
+    )
+
+
+def _request_of(run: Run, ref: StateRef, work: Path) -> RankRequest:
+    asked = run.attempt(ref.attempt).request
     if not asked:
-        raise StoreError(f"{run.prefix}: attempt {state.attempt} does not say what was asked of it")
-    request = RankRequest.model_validate(asked).evolve(work=str(work))
-    return export_state(request, run, state, work)
+        raise StoreError(f"{run.prefix}: attempt {ref.attempt} does not say what was asked of it")
+    return RankRequest.model_validate(asked).evolve(work=str(work))
+
+
+@contextmanager
+def _pinned(run: Run, ref: StateRef) -> Iterator[None]:
+    """Keep a state meanwhile; a pin that somebody else has set stays."""
+    if ref in run.pinned():
+        yield
+        return
+    run.pin(ref)
+    try:
+        yield
+    finally:
+        try:
+            run.unpin(ref)
+        except StoreError as error:
+            uri = f"{run.store.uri}/{run.state_prefix(ref)}"
+            log.warning("%s stays pinned, take the pin away with `vc2 gc --unpin`: %s", uri, error)
 
 
 def export_state(

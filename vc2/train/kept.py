@@ -22,7 +22,7 @@ from vc2.errors import StoreError
 from vc2.storage import file_digest
 from vc2.train.attempts import Run, StateFile, StateManifest, StateRef, commit_state
 
-__all__ = ["KeptPart", "adopt", "kept_folder", "list_key", "passing_folder"]
+__all__ = ["KeptPart", "adopt", "drop_replaced", "kept_folder", "list_key", "passing_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,16 @@ def adopt(run: Run, work: Path) -> StateRef | None:
         return adopted
 
 
+def drop_replaced(run: Run, work: Path, attempt: int) -> None:
+    """Delete what attempts before this one left on this machine: nobody adopts it any more.
+
+    Where a run is started, `adopt` has done so; on the other machines of its ranks only they can.
+    """
+    for place in (work / "states" / run.fingerprint[:16]).glob("[0-9]*"):
+        if int(place.name) < attempt:
+            shutil.rmtree(place, ignore_errors=True)  # other ranks of this machine do the same
+
+
 def _bring_home(run: Run, ref: StateRef, place: Path) -> bool:
     parts = [part for path in sorted(place.glob("rank-*.json")) if (part := _whole_part(path)) is not None]
     if not parts:
@@ -109,7 +119,9 @@ def _bring_home(run: Run, ref: StateRef, place: Path) -> bool:
         for file in part.state.files:
             if run.store.upload(place / file.name, file.key).sha256 != file.sha256:
                 raise StoreError(f"{place / file.name} changed while it was sent; try again")
-    commit_state(run, parts[0].state.evolve(files=tuple(files)), (parts[0].metrics[0], parts[0].metrics[1].encode()))
+    # The first rank writes the curve; what another one knows of it must not take its place.
+    metrics = (held[0].metrics[0], held[0].metrics[1].encode()) if 0 in held else None
+    commit_state(run, parts[0].state.evolve(files=tuple(files)), metrics)
     log.warning("%s: the state of step %d that was kept in %s is in the store now", run.prefix, ref.step, place)
     return True
 

@@ -71,7 +71,7 @@ class Member:
         """Do this rank's part of an attempt. A failure ends the process: the ranks that are left cannot go on.
 
         Args:
-            request_uri: Of the attempt.
+            request_uri: Path or URI of the request.
             beating: Entered by the first rank meanwhile.
             ended: Told by the first rank what the attempt ended by.
             progress: Told by the first rank about steps.

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vc2.artifacts import (
+    Checkpoint,
     FileEntry,
     Manifest,
     ShardSet,
@@ -46,7 +47,7 @@ from vc2.pretrained import resolve
 from vc2.progress import Progress, silent
 from vc2.storage import Store, file_digest, join_uri
 from vc2.train.config import Layout, TrainStage
-from vc2.train.request import RankRequest
+from vc2.train.request import TEXT_WEIGHTS, RankRequest
 from vc2.train.run import frozen_autoencoder, gpu_count
 
 __all__ = ["LATENTS", "PRECOMPUTE", "Dtype", "PrecomputeRequest", "check_latents", "part_key", "precompute"]
@@ -73,6 +74,7 @@ def precompute(
     work: Path,
     shards: ShardSet,
     *,
+    start_from: Checkpoint | None = None,
     dtype: Dtype = "float16",
     progress: Progress = silent,
 ) -> ShardSet:
@@ -83,6 +85,7 @@ def precompute(
         store: Where the sets are.
         work: Folder of this machine for logs and files on their way.
         shards: The set of frames.
+        start_from: What training will start from: it may bring the encoders that the stage does not name.
         dtype: Of the numbers that are kept; see `vc2.train.latents`.
         progress: Told about shards.
 
@@ -99,8 +102,9 @@ def precompute(
             f"{shards.uri} points into tars of others, whose clips are drawn at every reading; make a set with "
             "`vc2 shard` first"
         )
-    autoencoder = frozen_autoencoder(stage, store, work, None)
-    made_with = {"autoencoder": autoencoder.sha256, "text": text_digest(stage, work), "dtype": dtype}
+    autoencoder = frozen_autoencoder(stage, store, work, start_from)
+    text = text_digest(stage, store, work, start_from)
+    made_with = {"autoencoder": autoencoder.sha256, "text": text, "dtype": dtype}
     name = fingerprint(PRECOMPUTE, VERSION, made_with, {"shards": source.fingerprint})
     prefix = shard_set_prefix(shards.prefix.split("/")[1], name)
     if done := find(store, prefix, ShardSet):
@@ -117,7 +121,7 @@ def precompute(
         videos=(),
         images=(),
         autoencoder=autoencoder,
-        start_from=None,
+        start_from=start_from,
         inputs={"shards": shards},
         source=shards,
         prefix=prefix,
@@ -154,11 +158,17 @@ def part_key(prefix: str, shard: int) -> str:
     return f"{prefix}/parts/{shard_name(shard).removesuffix('.tar')}.parquet"
 
 
-def text_digest(stage: TrainStage, work: Path) -> str:
-    """What tells one text tower from another: its shape and seed, or its shape and the sha256 of its weights."""
+def text_digest(stage: TrainStage, store: Store, work: Path, start_from: Checkpoint | None) -> str:
+    """What tells one text tower from another: its shape and seed, or its shape and the sha256 of its weights.
+
+    Whose weights they are is as in `vc2.train.parts.build_text_encoder`.
+    """
     model = stage.model
     weights = ""
-    if model.text.seed is None:
+    if model.text.seed is None and not model.text_path and start_from is not None:
+        files = {file.name: file for file in load_manifest(store, start_from.prefix).files}
+        weights = files[TEXT_WEIGHTS].sha256 if TEXT_WEIGHTS in files else ""
+    if model.text.seed is None and not weights:
         path = Path(model.text_path) if model.text_path else None
         path = resolve(model.text_weights, path=path, cache=work / "pretrained")
         if path.is_file():
@@ -168,7 +178,14 @@ def text_digest(stage: TrainStage, work: Path) -> str:
     return digest({"text": model.text.identity(), "weights": weights})
 
 
-def check_latents(stage: TrainStage, store: Store, work: Path, sets: Sequence[ShardSet], autoencoder: str) -> None:
+def check_latents(
+    stage: TrainStage,
+    store: Store,
+    work: Path,
+    sets: Sequence[ShardSet],
+    autoencoder: str,
+    start_from: Checkpoint | None = None,
+) -> None:
     """Refuse sets of latents that a stage cannot be trained on.
 
     Args:
@@ -177,13 +194,14 @@ def check_latents(stage: TrainStage, store: Store, work: Path, sets: Sequence[Sh
         work: Folder of this machine.
         sets: Those of frames pass.
         autoencoder: sha256 of the stage's own.
+        start_from: What training starts from.
 
     Raises:
         ConfigError: If they were made by other encoders, or a phase asks for another size.
     """
     manifests = {shards.uri: load_manifest(store, shards.prefix) for shards in sets}
     found = {uri: manifest for uri, manifest in manifests.items() if LATENTS in manifest.facts}
-    text = text_digest(stage, work) if found else ""
+    text = text_digest(stage, store, work, start_from) if found else ""
     again = f"make it anew (vc2 precompute {stage.name}), or train on the set of frames"
     for uri, manifest in found.items():
         made_with, form = manifest.facts[LATENTS], manifest.facts["form"]

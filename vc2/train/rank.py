@@ -132,6 +132,7 @@ def _set_up(request: RankRequest, store: Store, loader: Loader, stop: StopSignal
             keep_every=config.keep_every_steps,
             outage_seconds=config.outage_seconds,
             overlap=True,
+            patience=config.hang_seconds / 2,  # the others wait, and must not call it a hang
         ),
         metrics=metrics,
         stop=stop,
@@ -216,7 +217,7 @@ def _clip_size(loader: Loader, config: TrainStage) -> tuple[int, int, int]:
     (frames,), (width,), (height,) = split.sets[0].rows.forms()
     if split.kind == "image":
         frames = config.model.unet.temporal_length
-    phase = config.phase_at(config.num_steps)
+    phase = config.last_phase
     return phase.num_frames or frames, phase.height or height, phase.width or width
 
 

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from vc2.artifacts import Artifact, Checkpoint, FileEntry, ShardSet, checkpoint_prefix, find, load_manifest, put_object
 from vc2.errors import ConfigError, LaunchFailed, Preempted, PretrainedMissing, StoreError, Vc2Error
-from vc2.failures import Retries
-from vc2.launch import cpu_count, start, this_rank, watch
+from vc2.failures import Retries, may_pass
+from vc2.launch import Unheard, cpu_count, start, this_rank, watch
 from vc2.progress import Progress, silent
 from vc2.storage import Store, file_digest, join_uri
 from vc2.train.attempts import Attempt, Heartbeat, Holder, Run, is_alive, newest_state, this_process
@@ -37,6 +37,9 @@ from vc2.train.request import AUTOENCODER, RankRequest
 __all__ = ["frozen_autoencoder", "gpu_count", "train"]
 
 log = logging.getLogger(__name__)
+
+STOP_SECONDS = 300.0  # that ranks have to take a state and leave, when they are asked to stop
+PAUSES = (1.0, 60.0)  # seconds between two questions to a store that is away: at first, at most; doubled in between
 
 
 def train(
@@ -136,11 +139,13 @@ def _next_move(asked: _Asked) -> Checkpoint | RankRequest | float:
         if config.launcher == "ray" and _is_running(run, newest):
             return RankRequest.load(asked.uri(newest))  # to be attached to
         if is_alive(run, newest):
-            asked.tell(0, waiting_for=f"attempt {newest}")
+            asked.tell(max(0, _reached(run)), waiting_for=f"attempt {newest} on {run.attempt(newest).holder.host}")
             return min(run.attempt(newest).heartbeat_seconds, 5.0)
     autoencoder = frozen_autoencoder(config, run.store, asked.work, asked.start_from)
     _check_latents(asked, autoencoder)
     adopt(run, asked.work)
+    if (ahead := _reached(run)) > config.num_steps:
+        return _earlier(asked, ahead)
     state, damaged = newest_state(run, at_most=config.num_steps)
     request = RankRequest(
         stage=config,
@@ -160,11 +165,44 @@ def _next_move(asked: _Asked) -> Checkpoint | RankRequest | float:
     return request if run.claim(_attempt(request, damaged)) else 0.0
 
 
+def _earlier(asked: _Asked, ahead: int) -> Checkpoint:
+    """The checkpoint of a step that the run has left behind, if its state is still there.
+
+    Raises:
+        ConfigError: If not: going back would make a new attempt of an earlier state, and all later ones worthless.
+    """
+    run, steps = asked.run, asked.config.num_steps
+    if any(ref.step == steps for ref in run.states()):
+        from vc2.train.export import export_step
+
+        return export_step(run, asked.work, steps)
+    raise ConfigError(
+        f"{asked.name}: the run has come to step {ahead} and keeps no state of step {steps}; raise num_steps, or train "
+        f"anew under another name (--repeat N). States: {', '.join(str(ref.step) for ref in run.states())}"
+    )
+
+
+def _patient_move(asked: _Asked, seconds: float) -> Checkpoint | RankRequest | float:
+    """The next move; a store that does not answer is borne for so long in all."""
+    pause, longest = PAUSES
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return _next_move(asked)
+        except StoreError as away:
+            if not may_pass(away.kind) or time.monotonic() + pause > until:
+                raise
+            log.warning("%s: %s; asking again in %.0f s", asked.name, away, pause)
+            asked.tell(0, waiting_for=f"the store: {away}")
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+
 def _check_latents(asked: _Asked, autoencoder: FileEntry) -> None:
     from vc2.train.precompute import check_latents
 
     sets = (*asked.videos, *asked.images)
-    check_latents(asked.config, asked.run.store, asked.work, sets, autoencoder.sha256)
+    check_latents(asked.config, asked.run.store, asked.work, sets, autoencoder.sha256, asked.start_from)
 
 
 def _as_starter(asked: _Asked) -> Checkpoint:
@@ -173,7 +211,7 @@ def _as_starter(asked: _Asked) -> Checkpoint:
     while True:
         move: Checkpoint | RankRequest | float | None = None
         try:
-            move = _next_move(asked)
+            move = _patient_move(asked, asked.config.outage_seconds)
             if isinstance(move, Checkpoint):
                 return move
             if isinstance(move, RankRequest):
@@ -181,6 +219,8 @@ def _as_starter(asked: _Asked) -> Checkpoint:
             else:
                 time.sleep(move)
         except (LaunchFailed, StoreError) as failure:
+            if move is None and isinstance(failure, StoreError):
+                raise  # was borne long enough
             if isinstance(move, RankRequest) and _is_overtaken(run, move.attempt):
                 continue  # by another process, which is waited for
             pause = retries.pause(failure, _reached(run))
@@ -222,11 +262,14 @@ def _run_attempt(asked: _Asked, request: RankRequest) -> None:
                     work=work,
                     name=f"train-{run.stage}",
                     environment={"VC2_WORK": str(work)},
+                    grace=STOP_SECONDS,
                 )
                 watch(job, asked.progress)
         asked.over.add(request.attempt)
         if find(run.store, checkpoint_prefix(run.stage, run.fingerprint, config.num_steps), Checkpoint) is None:
             raise LaunchFailed(f"{asked.name}: the ranks ended without a checkpoint of step {config.num_steps}")
+    except Unheard:
+        raise  # it may well go on, and is come back to
     except (LaunchFailed, Preempted) as failure:
         asked.over.add(request.attempt)
         _record_end(run, request.attempt, failure)
@@ -275,25 +318,30 @@ def _as_member(asked: _Asked) -> Checkpoint:
     """Be one of the ranks that somebody else has started. The first one finds out what to do, the others hear it."""
     from vc2.train.member import Member
 
-    member, run = Member(asked.config), asked.run
+    member, run, config = Member(asked.config), asked.run, asked.config
+    patience = min(config.outage_seconds, config.hang_seconds / 2)  # the others wait, and must not call it a hang
     while True:
-        move = member.decided(lambda: _as_told(asked, _next_move(asked)))
+        move = member.decided(lambda: _as_told(asked, _patient_move(asked, patience)))
         if isinstance(move, float):
             time.sleep(move)
             continue
         if isinstance(move, str):
-            request = RankRequest.load(move)
+            place = asked.work / "train" / f"request-{run.fingerprint[:12]}-{member.rank.rank}.json"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(move)
+            request = RankRequest.load(str(place))
             beat = Heartbeat(run, request.attempt, request.stage.heartbeat_seconds)
             ended = partial(_record_end, run, request.attempt)
-            member.work(move, beat, ended=ended, progress=asked.progress)
+            member.work(str(place), beat, ended=ended, progress=asked.progress)
         return member.waited_for(asked.found)
 
 
 def _as_told(asked: _Asked, move: Checkpoint | RankRequest | float) -> str | float | None:
-    """A move in plain values: the URI of a request, seconds to wait, or None where all is done."""
+    """A move in plain values: a request as JSON, seconds to wait, or None where all is done. The request itself is
+    told, so that no rank has to ask the store for it: one that failed would leave the others waiting."""
     if isinstance(move, RankRequest):
         asked.tell(move.start.step if move.start else 0)
-        return asked.uri(move.attempt)
+        return move.model_dump_json()
     return move if isinstance(move, float) else None
 
 
@@ -341,6 +389,11 @@ def _layout(asked: "_Asked", newest: int) -> Layout:
     world_size = config.world_size or _open_world_size(config, before)
     share, rest = divmod(config.batch_size, world_size)
     micro_batch = config.micro_batch or (before.micro_batch if before and before.world_size == world_size else None)
+    if micro_batch is None and config.launcher == "ray":
+        raise ConfigError(
+            "launcher=ray: how many clips at once? Set micro_batch (vc2 train --dry-run says what fits); this machine "
+            "cannot try it on the cluster's GPUs"
+        )
     if not (micro_batch or rest) and (gpu_count(config) or config.memory_gib is not None):
         asked.tell(0, looking_for="a micro-batch that fits")
         shards = (*asked.videos, *asked.images)

@@ -6,10 +6,11 @@ state whole or not there.
 
 One state is under way and one may wait, each in its own buffer of host memory (the second is made when it is first
 needed). While the store takes states, a third one waits for its turn and training with it: states that were asked for
-are made. While the store fails, training goes on: writing is tried again with growing pauses, the state under way is
-put on the local disk if there is room, and the newest state takes the place of the one that waits. After
-`outage_seconds` the newest state is kept on the local disk and the run ends, before more could be lost; the next
-attempt on this machine brings it home (`vc2.train.kept`).
+are made, unless that takes longer than `patience`; then the newest takes the place of the one that waits. While the
+store fails, training goes on: writing is tried again with growing pauses, the state under way is put on the local disk
+if there is room, and the newest state takes the place of the one that waits. After `outage_seconds` the newest state
+is kept on the local disk and the run ends, before more could be lost; the next attempt on this machine brings it home
+(`vc2.train.kept`).
 """
 
 import json
@@ -37,13 +38,13 @@ from vc2.train.config import Layout
 from vc2.train.ema import Ema
 from vc2.train.engine import Engine
 from vc2.train.fragments import KINDS, Fragment, fragment_pieces, read_fragments, write_fragments
-from vc2.train.kept import KeptPart, kept_folder, list_key, passing_folder
+from vc2.train.kept import KeptPart, drop_replaced, kept_folder, list_key, passing_folder
 
 __all__ = ["StateWriter", "restore", "state_files"]
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds after which the first rank finds that the lists of the others are late
+LISTS_LATE = 60.0  # seconds after which the first rank finds that the lists of the others are late
 PAUSES = (0.5, 30.0)  # seconds between two tries to write a state: after the first, and at most
 SENDERS = len(KINDS)  # files of a rank that are sent at once
 
@@ -59,6 +60,7 @@ class Snapshot:
     copied: Any = None  # event of the GPU after which the memory holds the state
     stored: dict[str, StateFile] = field(default_factory=dict)  # by kind: what the store has
     tries: int = 0
+    is_over: bool = False  # stored, or left out: it needs no place on the disk
 
     @property
     def ref(self) -> StateRef:
@@ -78,6 +80,8 @@ class StateWriter:
         keep: How many of the newest states are kept.
         keep_every: States at multiples of so many steps are kept for good.
         outage_seconds: How long training may go on while the store takes nothing.
+        patience: Seconds that training waits at most for the turn of a state, while the others wait for this rank;
+            less than what they call a hang.
         overlap: Whether the caller promises to call `settle` before the next update; then training does not wait for
             the copy from a GPU.
     """
@@ -93,10 +97,12 @@ class StateWriter:
         *,
         keep_every: int | None = None,
         outage_seconds: float = 3600.0,
+        patience: float = 900.0,
         overlap: bool = False,
     ) -> None:
         self.run, self.attempt, self.layout, self.rank, self.work = run, attempt, layout, rank, work
         self.keep, self.keep_every, self.outage_seconds, self.overlap = keep, keep_every, outage_seconds, overlap
+        self.patience = patience
         self.saved_step = -1  # of the last state this attempt began to write
         self.stall = 0.0  # seconds that training has waited for states so far
         self._buffers: dict[int, dict[str, Tensor]] = {}
@@ -112,6 +118,7 @@ class StateWriter:
         self._next_warning = 0.0
         self._ended = threading.Event()
         self._on_disk = threading.Lock()  # one thread puts states on the disk
+        drop_replaced(run, work, attempt)
 
     @property
     def is_busy(self) -> bool:
@@ -157,7 +164,9 @@ class StateWriter:
             if self.has_failed:
                 self.check()
             if until is not None and time.monotonic() >= until:
-                self._keep()
+                with self._changed:
+                    newest = self._waiting or self._under_way
+                self._keep(newest)
                 until = None
         self.check()
 
@@ -204,10 +213,18 @@ class StateWriter:
 
     def _free_buffer(self) -> int:
         """A buffer that nothing is written from."""
+        until = time.monotonic() + self.patience
         with self._changed:
             while self._waiting is not None and self._error is None and not self._trouble:
+                if time.monotonic() >= until:
+                    log.warning(
+                        "%s: rank %d leaves out the state of step %d: the one before it is still being written after "
+                        "%.0f s. The store is too slow for states so close to each other: ask for fewer",
+                        self.run.prefix, self.rank.rank, self._waiting.ref.step, self.patience,
+                    )  # fmt: skip
+                    break
                 self._changed.wait(0.1)  # the store is slow: training waits, and says so as `stall`
-            self._waiting = None  # in an outage the newest state counts
+            self._waiting = None  # in an outage, or with no patience left, the newest state counts
             return 0 if self._under_way is None or self._under_way.buffer == 1 else 1
 
     def _copy(self, number: int, engine: Engine, ema: Ema) -> dict[str, dict[Fragment, Tensor]]:
@@ -258,11 +275,13 @@ class StateWriter:
                 if self.rank.is_first:
                     self._commit(snapshot)
                 self._forget_trouble(snapshot)
-                self._drop_kept(snapshot.ref)
+                self._drop_kept(snapshot)
                 return
             except PassedOver as reason:
                 log.warning("%s: the state of step %d is left out: %s", self.run.prefix, snapshot.ref.step, reason)
-                self._drop_kept(snapshot.ref)
+                with self._changed:
+                    self._trouble = ""  # the store has answered; what comes next has its own time
+                self._drop_kept(snapshot)
                 return
             except (StoreError, OSError) as error:
                 snapshot.tries += 1
@@ -309,7 +328,7 @@ class StateWriter:
             except KeyError:
                 if pause > 0.5:
                     self._look_ahead(snapshot, rank)
-            if time.monotonic() - started > PATIENCE:
+            if time.monotonic() - started > LISTS_LATE:
                 self._note_trouble(snapshot, f"rank {rank} has not stored its part of step {snapshot.ref.step}")
             self._ended.wait(pause)
             pause = min(1.5 * pause, 5.0)
@@ -355,13 +374,13 @@ class StateWriter:
         Returns:
             The folder; None if there was nothing to keep, or no room.
         """
-        self._ended.set()
-        return self._keep()
-
-    def _keep(self) -> Path | None:
-        self.settle()
         with self._changed:
             newest = self._waiting or self._under_way
+            self._ended.set()  # not before: the other thread ends by it, and forgets its states
+        return self._keep(newest)
+
+    def _keep(self, newest: Snapshot | None) -> Path | None:
+        self.settle()
         if newest is None or not self._keep_if_there_is_room(newest):
             return None
         return kept_folder(self.run, self.work, newest.ref)
@@ -370,6 +389,8 @@ class StateWriter:
         folder = kept_folder(self.run, self.work, snapshot.ref)
         marker = folder / f"rank-{self.rank.rank}.json"
         with self._on_disk:
+            if snapshot.is_over:
+                return False
             if marker.exists():
                 return True
             try:
@@ -393,10 +414,11 @@ class StateWriter:
         found = write_fragments(folder / name, snapshot.kinds[kind])
         return StateFile(name=name, key=key, size=found.size, sha256=found.sha256, rank=self.rank.rank, kind=kind)
 
-    def _drop_kept(self, ref: StateRef) -> None:
+    def _drop_kept(self, snapshot: Snapshot) -> None:
         """This rank's part of a state needs no place on the disk any more."""
         with self._on_disk:
-            for path in kept_folder(self.run, self.work, ref).glob(f"rank-{self.rank.rank}[-.]*"):
+            snapshot.is_over = True
+            for path in kept_folder(self.run, self.work, snapshot.ref).glob(f"rank-{self.rank.rank}[-.]*"):
                 path.unlink(missing_ok=True)
 
 

@@ -1,10 +1,10 @@
 """What is looked at while training goes on: the loss on samples that never change, and videos for the eyes.
 
 Samples, noise and timesteps of a validation are the same every time, so two numbers differ by the weights alone; the
-timesteps are spread evenly over each medium's samples instead of drawn. The samples are those that `loader.holdout`
-keeps out of training; without any they are taken from the training samples, and then the loss shows that the run
-learns, not that it generalises. Both the raw weights and their average (EMA) are looked at. Nothing of the training is
-touched: its draws have their own seeds, and the weights are put back bit for bit.
+timesteps are spread evenly over each medium's samples instead of drawn, and all is done in the size of the last phase.
+The samples are those that `loader.holdout` keeps out of training; without any they are taken from the training samples,
+and then the loss shows that the run learns, not that it generalises. Both the raw weights and their average (EMA) are
+looked at. Nothing of the training is touched: its draws have their own seeds, the weights are put back bit for bit.
 """
 
 import io
@@ -77,7 +77,7 @@ class Validator:
         videos = {}
         for name in ("raw", "ema"):
             with self.engine.showing(ema) if name == "ema" else nullcontext(), self._evaluating():
-                line |= {f"val_loss_{name}{part}": loss for part, loss in self._losses(step, beat).items()}
+                line |= {f"val_loss_{name}{part}": loss for part, loss in self._losses(beat).items()}
                 videos[name] = self._videos(beat)
         if self.config.validation.prompts:
             rows = [rows for _, rows in sorted(gather_objects((self.rank.rank, self._rows(videos))))]
@@ -100,11 +100,11 @@ class Validator:
             finally:
                 self.engine.module.train()
 
-    def _losses(self, step: int, beat: Callable[[], None]) -> dict[str, float]:
+    def _losses(self, beat: Callable[[], None]) -> dict[str, float]:
         sums = {kind: [0.0, 0.0] for kind in ("video", "image")}
         num_timesteps = self.config.model.schedule.num_timesteps
         for number in range(self.rank.rank, len(self.refs), self.rank.world_size):
-            batch = self.batches.of(step, [self.refs[number]])
+            batch = self.batches.of([self.refs[number]], self.config.last_phase)
             drawn = draw(
                 self.config.seed + 1,  # not the noise that the same sample is trained with
                 batch,
