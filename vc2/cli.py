@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
-    gc.add_argument("--keep", type=_positive, default=2, metavar="N", help="newest states of each run, at least (default: 2)")
+    gc.add_argument("--keep", type=_positive, default=2, metavar="N", help="states of each run, at least (default: 2)")
     gc.add_argument(
         "--grace", type=float, default=24.0, metavar="HOURS",
         help="what is younger stays; below 12 only while nothing is being made (default: 24)",
