@@ -1,9 +1,11 @@
 """What all tests share: a store in a temporary folder, an S3 server on loopback."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from vc2.storage import LocalStore
+
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a shell. Processes that tests start would inherit it, and never hear a Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VC2_OFFLINE", "1")  # no test asks a model hub

@@ -157,11 +157,11 @@ def test_the_largest_divisor_that_fits() -> None:
 
 def test_phases_have_sizes_of_their_own(stage: TrainStage) -> None:
     phased = stage.evolve(
-        num_steps=10, phases=(Phase(steps=4, num_frames=2), Phase(steps=2, width=8, height=8), Phase())
+        num_steps=10, phases=(Phase(steps=4, num_frames=2), Phase(steps=2, width=32, height=32), Phase())
     )
     assert clips_by_phase(phased, FORMS) == [
         (4, {"video": Clip(2, 16, 16), "image": Clip(1, 16, 16)}),
-        (2, {"video": Clip(4, 8, 8), "image": Clip(1, 8, 8)}),
+        (2, {"video": Clip(4, 32, 32), "image": Clip(1, 32, 32)}),
         (4, {"video": CLIP, "image": Clip(1, 16, 16)}),
     ]
     assert clips_by_phase(phased.evolve(num_steps=3, image_share=0.0), FORMS) == [(3, {"video": Clip(2, 16, 16)})]

@@ -79,7 +79,7 @@ def test_a_phase_larger_than_the_shards_is_refused(phase: Phase) -> None:
 
 def test_phases_are_part_of_the_promise(run: Run, stage: TrainStage, start_attempt: StartAttempt) -> None:
     """Resumed in the second phase equals unbroken, though what was encoded in the first is of another size."""
-    stage = stage.evolve(phases=(Phase(steps=4, num_frames=2, width=8, height=8), Phase(lr=5e-4)), batch_size=4)
+    stage = stage.evolve(phases=(Phase(steps=4, num_frames=2, width=16, height=16), Phase(lr=5e-4)), batch_size=4)
     whole = start_attempt(stage, run=Run(run.store, run.stage, "e" * 64))
     whole.train()
     start_attempt(stage.evolve(num_steps=5)).train()

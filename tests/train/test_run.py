@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -320,7 +321,7 @@ def test_a_live_attempt_is_waited_for_and_its_result_adopted(
         commit(world.store, prefix, manifest)
 
     assert world.train(world.stage, "e" * 64, progress=other_commits).prefix == prefix
-    assert told == [{"waiting_for": "attempt 1"}]
+    assert [figures["waiting_for"] for figures in told] == [f"attempt 1 on {socket.gethostname()}"]
 
 
 @pytest.mark.parametrize(
