@@ -34,6 +34,8 @@ bench: setup  ## clips/s, images/s, loader samples/s, steps/s beside their limit
 	@$(PYTHON_BIN) -m benchmarks.data
 	@$(PYTHON_BIN) -m benchmarks.loader
 	@$(PYTHON_BIN) -m benchmarks.run
+	@$(PYTHON_BIN) -m benchmarks.train
+	@$(PYTHON_BIN) -m benchmarks.states
 
 docs: setup  ## the documentation as a site in work/site
 	@.venv/bin/mkdocs build --quiet --strict --site-dir $(VC2_WORK)/site && echo "$(VC2_WORK)/site/index.html"

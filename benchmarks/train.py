@@ -85,7 +85,7 @@ def trainer(
     unet = UNetConfig(model_channels=width, gradient_checkpointing=recompute)
     config = TrainStage(
         model=ModelConfig(unet=unet, autoencoder=small, text=text), batch_size=micro_batch, precision=precision,
-        num_steps=10**6, log_every=1, state_every_seconds=1e9, device=device.type, tensorboard=False,
+        num_steps=10**6, log_every=10, state_every_seconds=1e9, device=device.type, tensorboard=False,
     )  # fmt: skip
     torch.manual_seed(0)
     network = UNet3D(unet).to(device).train()
@@ -118,7 +118,8 @@ def loop_overhead(device: torch.device, repeats: int) -> dict[str, float]:
         def step() -> None:
             made._beat()
             made._take_step()
-            made._log()
+            if made.step % made.config.log_every == 0:
+                made._log()
 
         def bare() -> None:
             made.engine.backward(made.engine.forward(*inputs, rates).float().square().mean())
