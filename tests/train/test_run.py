@@ -10,10 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import simplejpeg
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -24,21 +21,16 @@ from vc2.artifacts import (
     checkpoint_prefix,
     commit,
     load_manifest,
-    put_file,
-    put_object,
     verify,
 )
 from vc2.data.config import LoaderConfig
 from vc2.data.loader import Loader
-from vc2.data.media import Encoded
-from vc2.data.shards import SLOTS, ShardSample, shard_name, write_shard
 from vc2.errors import ConfigError
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.config import LoraConfig
 from vc2.model.lora import load_lora, merged_state_dict
 from vc2.model.partition import is_temporal
 from vc2.model.weights import autoencoder_to_released, load_unet
-from vc2.seeding import generator
 from vc2.storage import LocalStore, Store
 from vc2.train.attempts import Attempt, Run
 from vc2.train.config import Strategy, TrainStage
@@ -79,47 +71,13 @@ class World:
         return train(stage, self.store, self.work, fingerprint=fingerprint, shards=self.shards, **more)  # type: ignore[arg-type]
 
 
-def shard_set(store: Store, folder: Path, medium: str) -> ShardSet:
-    """Six samples of seeded noise, as `vc2.data` would have written them."""
-    size, num_frames = 16, 1 if medium == "image" else 4
-    samples, facts = [], {}
-    for number in range(6):
-        key = f"{medium}-{number}"
-        frames = generator(0, "frames", key).integers(0, 256, (num_frames, size, size, 3), dtype="uint8")
-        facts[key] = {"caption": f"{medium} of thing {number}", "fps": 0 if medium == "image" else 8 + number % 3}
-        parts = tuple(simplejpeg.encode_jpeg(frame, 95) for frame in frames)
-        encoded = Encoded("jpg" if medium == "image" else "mjpeg", parts, (), None, 0)
-        samples.append(ShardSample(key, encoded, facts[key]))
-    path = folder / f"{medium}.tar"
-    rows = [
-        {
-            "shard": 0,
-            "slot": slot,
-            "num_frames": num_frames,
-            "width": size,
-            "height": size,
-            **place,
-            **facts[place["key"]],
-        }
-        for slot, place in enumerate(write_shard(path, samples))
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SLOTS), folder / "index.parquet")
-    prefix = f"shards/{medium}/x"
-    files = (
-        put_object(store, path, shard_name(0)),
-        put_file(store, prefix, "index.parquet", (folder / "index.parquet").read_bytes()),
-    )
-    manifest = Manifest(
-        kind="shard_set", stage="shard", stage_version=1, fingerprint=medium, config={}, inputs={}, files=files,
-        facts={"media": medium}, licenses={medium: "made up"},
-    )  # fmt: skip
-    found = commit(store, prefix, manifest)
-    assert isinstance(found, ShardSet)
-    return found
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, stage: TrainStage, autoencoder_file: Path) -> World:
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    stage: TrainStage,
+    autoencoder_file: Path,
+    noise_shards: Callable[..., ShardSet],
+) -> World:
     folder = tmp_path_factory.mktemp("world")
     store = LocalStore(folder / "store")
     model = stage.model.evolve(
@@ -129,7 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, stage: TrainStage, autoencod
         store=store,
         work=folder / "work",
         stage=stage.evolve(model=model, world_size=2, caption_dropout=0.2),
-        shards={medium: shard_set(store, folder, medium) for medium in ("video", "image")},
+        shards={medium: noise_shards(store, folder, medium) for medium in ("video", "image")},
     )
 
 
