@@ -1,37 +1,20 @@
 """What is asked of an evaluation: the prompts, how videos are sampled from them, and which scores are wanted.
 
 A *prompt file* is a knob, the digest of the prompts in it is the identity: the same prompts from another place name the
-same videos. Prompts come as JSON lines (`prompt`; optional `id`, `attributes` and whatever else is known) or as plain
-text, one prompt a line.
+same videos.
 """
 
-import json
-import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from vc2.config import Config, digest, knob
+from vc2.config import Config, knob
 from vc2.errors import ConfigError
+from vc2.eval.prompts import Prompt, check_ids, load_prompts, prompts_digest
 from vc2.model.config import SamplerConfig
 
 __all__ = ["EvaluateStage", "Prompt", "SampleStage", "load_prompts", "prompts_digest"]
-
-
-class Prompt(Config):
-    """A text to make a video of, with what is known about it (a benchmark's attributes, or a small world's truth)."""
-
-    id: str  # names the file: <id>.mp4
-    text: str
-    attributes: dict[str, Any] = {}
-
-    @field_validator("id")
-    @classmethod
-    def _is_a_file_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", value):
-            raise ValueError("expected 1 to 64 letters, digits, '-' or '_'")
-        return value
 
 
 class SampleStage(Config):
@@ -59,7 +42,7 @@ class SampleStage(Config):
 
     @model_validator(mode="after")
     def _ids_differ(self) -> "SampleStage":
-        _check_ids(self.prompts)
+        check_ids(self.prompts)
         return self
 
     def with_prompts(self, path: str | Path | None = None) -> Self:
@@ -100,55 +83,3 @@ class EvaluateStage(SampleStage):
     def sampling(self) -> SampleStage:
         """The part that decides the videos: two evaluations that differ in scores alone share them."""
         return SampleStage.model_validate({name: getattr(self, name) for name in SampleStage.model_fields})
-
-
-def load_prompts(path: Path) -> tuple[Prompt, ...]:
-    """Prompts of a file: JSON lines where its name ends in .jsonl, else one prompt a line, numbered from 0000.
-
-    Raises:
-        ConfigError: If the file is missing or empty, or a line is no prompt; names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: prompts cannot be read ({error}); give a .jsonl or .txt file") from None
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        default_id = f"{len(prompts):04d}"
-        try:
-            prompts.append(
-                _from_json(line, default_id) if path.suffix == ".jsonl" else Prompt(id=default_id, text=line.strip())
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise ConfigError(
-                f'{path}:{number}: no prompt ({problem}); expected {{"id": "0000", "prompt": "..."}}'
-            ) from None
-    if not prompts:
-        raise ConfigError(f"{path}: holds no prompts")
-    try:
-        _check_ids(prompts)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return tuple(prompts)
-
-
-def _from_json(line: str, default_id: str) -> Prompt:
-    row = dict(json.loads(line))
-    text, name, attributes = row.pop("prompt"), row.pop("id", default_id), row.pop("attributes", None)
-    return Prompt(id=name, text=text, attributes=row | (attributes or {}))
-
-
-def _check_ids(prompts: tuple[Prompt, ...] | list[Prompt]) -> None:
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ValueError(f"prompt id {prompt.id!r} is given twice; ids name the videos and must differ")
-        seen.add(prompt.id)
-
-
-def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
-    """sha256 over ids, texts and attributes in order."""
-    return digest([prompt.model_dump(mode="json") for prompt in prompts])
