@@ -4,6 +4,8 @@ A weight file is looked for in this order: an explicit path, what ships with thi
 `s3://bucket/prefix`, named by VC2_MIRROR), the model hub and its local cache. In offline mode (VC2_OFFLINE=1) the
 network is never asked. The files come with their own licences, named here; we ship none of them but the miniature's.
 
+Weights of several files (`also`: a model's folder with its config and tokenizer) lie in one folder, wherever that is.
+
 Which bytes a file should have is known from the manifest below, from the mirror's, or from the first time it was used:
 then its sha256 is recorded in `weights.lock.json` in the cache folder and compared from there on. A file whose size and
 time have not changed since is not read again.
@@ -14,8 +16,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vc2.errors import PretrainedMissing, StoreError, WeightsError
@@ -49,6 +51,29 @@ class Weight:
     about_gb: float | None = None  # size, rounded; None: not known here
     url: str = ""  # where else it is published
     shipped: str = ""  # in this package, below vc2/
+    also: tuple[str, ...] = ()  # further files in the folder of `file`, on the hub too
+
+    def parts(self) -> Iterator["Weight"]:
+        """Each file as a weight of its own: the first under this name, the others under name/file."""
+        if not self.also:
+            yield self
+            return
+        yield replace(self, also=())
+        for other in self.also:
+            hub = self.hub and (self.hub[0], _beside(self.hub[1], other))
+            yield replace(
+                self,
+                name=f"{self.name}/{other}",
+                file=_beside(self.file, other),
+                hub=hub,
+                also=(),
+                sha256=None,
+                about_gb=None,
+            )
+
+
+def _beside(file: str, other: str) -> str:
+    return (PurePosixPath(file).parent / other).as_posix()
 
 
 WEIGHTS: Mapping[str, Weight] = {
@@ -110,7 +135,8 @@ def resolve(name: str, *, path: Path | None = None, cache: Path | None = None, o
     """A local file with the weights called `name`, of the bytes that it should have.
 
     Args:
-        name: A key of `WEIGHTS`; with `path` any name will do.
+        name: A key of `WEIGHTS`; with `path` any name will do. Of several files the first is named, the others lie
+            beside it.
         path: An explicit file or folder, taken as it is.
         cache: Where files from an `s3://` mirror and the record of digests are kept; None: `default_cache()`.
         offline: Never ask the network; default from VC2_OFFLINE.
@@ -125,21 +151,33 @@ def resolve(name: str, *, path: Path | None = None, cache: Path | None = None, o
         raise PretrainedMissing(f"{name}: there is no {path}; give the path of a file of weights")
     if name not in WEIGHTS:
         raise PretrainedMissing(f"no weights are called {name!r}; `vc2 doctor` lists those that are, or give a path")
-    weight, cache = WEIGHTS[name], cache or default_cache()
+    cache, offline = cache or default_cache(), is_offline() if offline is None else offline
+    first, *others = (_resolve_part(part, cache, offline=offline) for part in WEIGHTS[name].parts())
+    if strays := [path for path in others if path.parent != first.parent]:
+        raise PretrainedMissing(
+            f"weights {name!r}: {first.name} is in {first.parent}, {strays[0].name} in {strays[0].parent}; put all "
+            f"files into one folder ({', '.join(WEIGHTS[name].also)} beside the first)"
+        )
+    return first
+
+
+def _resolve_part(weight: Weight, cache: Path, *, offline: bool) -> Path:
     tried: list[str] = []
-    offline = is_offline() if offline is None else offline
     for found in _places(weight, cache, tried, offline=offline, fetch=True):
         _check(weight, found, cache)
         return found.path
     raise PretrainedMissing(
-        f"weights {name!r} not found (tried: {', '.join(tried) or 'no VC2_MIRROR set, network not asked'}); "
+        f"weights {weight.name!r} not found (tried: {', '.join(tried) or 'no VC2_MIRROR set, network not asked'}); "
         f"put {weight.file} below a folder named by VC2_MIRROR; licence: {weight.license}"
     )
 
 
 def is_available(name: str) -> bool:
-    """Whether a weight file is at hand without asking the network; nothing is fetched or read."""
-    return next(_places(WEIGHTS[name], default_cache(), [], offline=True, fetch=False), None) is not None
+    """Whether all files of a weight are at hand without asking the network; nothing is fetched or read."""
+    return all(
+        next(_places(part, default_cache(), [], offline=True, fetch=False), None) is not None
+        for part in WEIGHTS[name].parts()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +328,16 @@ def status(name: str, *, cache: Path | None = None, digests: bool = False) -> St
         cache: As in `resolve`.
         digests: Read files that have not been checked yet.
     """
-    weight, cache = WEIGHTS[name], cache or default_cache()
+    said = [_status_of_part(part, cache or default_cache(), digests=digests) for part in WEIGHTS[name].parts()]
+    worst = next((part for part in said if part.problem), None)
+    worst = worst or next((part for part in said if part.digest == "not checked"), said[0])
+    remedy = worst.remedy.replace(worst.name, name) if worst.remedy else ""
+    problem = f"{worst.problem}: {worst.name.removeprefix(f'{name}/')}" if worst.name != name and worst.problem else ""
+    return replace(worst, name=name, problem=problem or worst.problem, remedy=remedy)
+
+
+def _status_of_part(weight: Weight, cache: Path, *, digests: bool) -> Status:
+    name = weight.name
     found = next(_places(weight, cache, [], offline=True, fetch=False), None)
     where = os.environ.get("VC2_MIRROR") or "MIRROR"
     if found is None:
@@ -353,8 +400,7 @@ def mirror(
     if strange := [name for name in names if name not in WEIGHTS]:
         raise PretrainedMissing(f"no weights are called {strange[0]!r}; they are {', '.join(WEIGHTS)}")
     store = open_store(destination)
-    for name in names or tuple(WEIGHTS):
-        weight = WEIGHTS[name]
+    for weight in (part for name in names or tuple(WEIGHTS) for part in WEIGHTS[name].parts()):
         yield _mirrored_already(store, weight, verify) or _mirror_one(store, weight, source, is_asked_for=bool(names))
 
 
@@ -383,7 +429,10 @@ def _no_weights(path: Path) -> str:
 
 def _mirror_one(store: Store, weight: Weight, source: Path | None, *, is_asked_for: bool) -> MirrorStep:
     try:
-        path = _in_folder(source, weight) if source and not weight.shipped else resolve(weight.name)
+        if source and not weight.shipped:
+            path = _in_folder(source, weight)
+        else:
+            path = _resolve_part(weight, default_cache(), offline=is_offline())
     except PretrainedMissing as error:
         if weight.hub is None and not is_asked_for:
             place = weight.url or "its makers"
@@ -416,7 +465,8 @@ def _in_folder(folder: Path, weight: Weight) -> Path:
 
 
 def _is_only_one_called(file_name: str) -> bool:
-    return sum(Path(weight.file).name == file_name for weight in WEIGHTS.values()) == 1
+    files = (part.file for weight in WEIGHTS.values() for part in weight.parts())
+    return sum(PurePosixPath(file).name == file_name for file in files) == 1
 
 
 def _stored_sha256(store: Store, key: str, size: int) -> str:
