@@ -3,7 +3,8 @@
 Decoders meet hostile input. They crash, and decord can spin for ever in native code that no Python timeout
 interrupts. So files are opened in a child process (`Decoder`) that is given a deadline, killed when it misses it, and
 dies with its parent. The child is reused for many files; a request is one JSON header (and the bytes, where there is
-no path), an answer one JSON header and the samples, encoded: pixels never leave the child. It has a limit of memory,
+no path), an answer one JSON header and the samples, encoded (pixels leave the child only where they are what is asked
+for: `Decoder.frames`). It has a limit of memory,
 and no answer depends on the files before: what fails, or may have failed, for want of memory is asked again of a fresh
 child. What it does with a file is in `media`.
 """
@@ -24,6 +25,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
+import numpy as np
+
 from vc2.data import media as work
 from vc2.data.media import ClipJob, Encoded, Facts, Media, MediaError, sniff
 from vc2.data.rejects import RejectReason
@@ -39,6 +42,7 @@ START_SECONDS = 120.0  # for the imports of the child, on a busy machine
 MOST_MEMORY = 2**30  # of the child, bytes that it may ask for: a file that needs more is too large
 MOST_RESIDENT = 2**29  # of the child between two files: one that holds more (decord leaks) is replaced
 PIPE_BYTES = 2**20
+PART_BYTES = 2**27  # of raw frames in one answer
 HEADER = struct.Struct(">I")
 
 
@@ -100,6 +104,33 @@ class Decoder:
             MediaError: If it cannot be decoded or the deadline is missed.
         """
         return _samples(*self._ask({"op": "picture", "form": _coding(form)}, source))[0]
+
+    def frames(self, source: Path | bytes, *, most_bytes: int = 2**32) -> tuple[np.ndarray, Facts]:
+        """Every frame of a video as it is, (T, H, W, 3) uint8 RGB, and its facts. Pixels come in parts, so that the
+        child's memory is bounded.
+
+        Raises:
+            MediaError: If it is no video, damaged, of frames of several sizes, larger than `most_bytes`, or misses the
+                deadline.
+        """
+        answer, _ = self._ask({"op": "probe", "media": "film"}, source)
+        facts = Facts(**answer)
+        shape = (facts.frames, facts.height, facts.width, 3)
+        size = facts.width * facts.height * 3
+        if facts.frames * size > most_bytes:
+            raise MediaError(
+                RejectReason.TOO_LARGE,
+                f"{facts.frames} frames of {facts.width} x {facts.height}: more than {most_bytes >> 20} MiB",
+            )
+        whole, step = np.empty(shape, np.uint8), max(1, PART_BYTES // size)
+        for start in range(0, facts.frames, step):
+            stop = min(start + step, facts.frames)
+            request = {"op": "frames", "start": start, "stop": stop, "rotation": facts.rotation}
+            _, data = self._ask(request, source)
+            if len(data) != (stop - start) * size:
+                raise MediaError(RejectReason.UNDECODABLE, "its frames differ in size")
+            whole[start:stop] = np.frombuffer(data, np.uint8).reshape(stop - start, *shape[1:])
+        return whole, facts
 
     def start(self) -> Self:
         """Start the child now, from this thread, and do not wait for it."""
@@ -268,7 +299,7 @@ def _serve() -> None:
     is_first = True
     while header := requests.read(HEADER.size):
         request = json.loads(requests.read(HEADER.unpack(header)[0]))
-        data: bytes = b""
+        data: bytes | memoryview = b""
         try:
             source = request["path"] if "path" in request else requests.read(request["bytes"])
             answer, data = _answer(request, source, lambda: _complaints(heard), is_first=is_first)
@@ -313,9 +344,11 @@ def _resident() -> int:
 
 def _answer(
     request: dict[str, Any], source: str | bytes, complaints: Callable[[], bool], *, is_first: bool
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], bytes | memoryview]:
     if request["op"] == "probe":
         return work.probe(request["media"], source, request["max_pixels"]).as_dict(), b""
+    if request["op"] == "frames":
+        return {}, work.frames(source, request["start"], request["stop"], request["rotation"]).data.cast("B")
     if request["op"] == "picture":
         samples = [work.picture(source, request["form"], request["max_pixels"])]
     else:

@@ -42,13 +42,14 @@ __all__ = [
     "encode_jpeg",
     "fit_frame",
     "fit_pixels",
+    "frames",
     "perceptual_hash",
     "picture",
     "probe",
     "sniff",
 ]
 
-Media = Literal["video", "image"]
+Media = Literal["video", "image", "film"]  #: a film is a video, or a GIF
 Source = str | bytes  #: a path, or the file itself
 
 IMAGES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what Pillow may take a file for
@@ -136,6 +137,8 @@ def probe(media: Media, source: Source, max_pixels: int) -> Facts:
     """
     head = source[:32] if isinstance(source, bytes) else _read(source, 32)
     found = sniff(head)
+    if media == "film" and (found == "video" or head[:3] == b"GIF"):
+        return _probe_video(source, max_pixels)
     if found != media:
         raise MediaError(RejectReason.NOT_MEDIA, f"{found or 'no known medium'}, expected {media}")
     return _probe_image(source, max_pixels) if found == "image" else _probe_video(source, max_pixels)
@@ -265,6 +268,21 @@ def clips(
     if form["codec"] == "jpeg":
         jpegs = {number: _jpeg(planes, form["jpeg_quality"]) for number, planes in found.items()}
     return [_encoded(job, found, jpegs, form["x264_crf"]) for job in jobs]
+
+
+def frames(source: Source, start: int, stop: int, rotation: int) -> np.ndarray:
+    """Frames `start` to `stop` of a video as they are, (stop - start, H, W, 3) uint8 RGB, turned as a player would.
+
+    Raises:
+        MediaError: If one of them is missing or damaged.
+    """
+    wanted = range(start, stop)
+    found = _pyav_frames(source, wanted, lambda frame: frame.to_ndarray(format="rgb24"))
+    first = np.rot90(found[start], rotation // 90)
+    whole = np.empty((len(wanted), *first.shape), np.uint8)
+    for place, number in enumerate(wanted):
+        whole[place] = np.rot90(found.pop(number), rotation // 90)
+    return whole
 
 
 def _encoded(job: ClipJob, found: Mapping[int, np.ndarray], jpegs: Mapping[int, bytes], crf: int) -> Encoded:
