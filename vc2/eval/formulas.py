@@ -13,7 +13,7 @@ Shapes: T frames, P = T - 1 pairs of neighbouring frames, H x W pixels, D width 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -43,6 +43,7 @@ __all__ = [
     "ocr_error",
     "ocr_frame_error",
     "padded",
+    "pooled_inception_score",
     "sd_score",
     "warp",
     "warping_error",
@@ -123,17 +124,35 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
     Returns:
         Mean over splits, and their standard deviation with one degree of freedom taken off.
     """
+    return pooled_inception_score([probabilities], len(probabilities), splits)
+
+
+def pooled_inception_score(parts: Iterable[np.ndarray], num_frames: int, splits: int = 10) -> tuple[float, float]:
+    """As `inception_score`, from parts (n, K) that come one after the other and hold `num_frames` rows in all.
+
+    The mean of KL(p || m) over rows p with mean m is the mean of p . log p, minus m . log m: only sums are kept.
+    """
+    edges = inception_splits(num_frames, splits)
+    sums, purity, place = [], [0.0] * splits, 0
+    for part in parts:
+        rows = np.asarray(part, np.float64)
+        for number, (start, end) in enumerate(edges):
+            inside = rows[max(0, start - place) : max(0, end - place)]
+            if len(inside):
+                if len(sums) <= number:
+                    sums.append(np.zeros(rows.shape[1]))
+                sums[number] += inside.sum(0)
+                purity[number] += float((inside * _log(inside)).sum())
+        place += len(rows)
     scores = []
-    for start, end in inception_splits(len(probabilities), splits):
-        part = np.asarray(probabilities[start:end], np.float64)
-        scores.append(math.exp(float(_divergence(part, part.mean(0)).mean())))
+    for (start, end), total, pure in zip(edges, sums, purity, strict=True):
+        mean = total / (end - start)
+        scores.append(math.exp(pure / (end - start) - float(mean @ _log(mean))))
     return float(np.mean(scores)), float(np.std(scores, ddof=1)) if splits > 1 else 0.0
 
 
-def _divergence(rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """KL(row || mean) of each row, in nats; a probability of zero adds nothing."""
-    tiny = np.finfo(np.float64).tiny
-    return (rows * (np.log(np.maximum(rows, tiny)) - np.log(np.maximum(mean, tiny)))).sum(-1)
+def _log(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values, np.finfo(np.float64).tiny))
 
 
 # ---- captions ----

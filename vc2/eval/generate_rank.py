@@ -12,9 +12,9 @@ import torch
 
 from vc2.artifacts import Manifest, load_manifest, put_file
 from vc2.data.video_files import encode_mp4
-from vc2.errors import ConfigError
 from vc2.eval.config import Prompt, SampleStage
 from vc2.eval.generate import Group, GroupRecord, SampleJob, prompt_seed, record_key, samples_prefix
+from vc2.eval.ranks import device_of
 from vc2.launch import report, run_rank, this_rank
 from vc2.model.bundle import Parts, VideoModel
 from vc2.model.generate import generate_videos
@@ -51,16 +51,6 @@ def load_generator(
     return Generator(parts.load(cache=cache).to(device))
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "cpu":
-        torch.set_num_threads(1)  # sums over threads round differently: bits must not depend on how many there are
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device=cuda: no GPU is visible; set device=cpu")
-    torch.backends.cudnn.deterministic = True
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
-
-
 def _store_group(store: Store, prefix: str, config: SampleStage, group: Group, videos: np.ndarray) -> None:
     """Videos first, the record last: a group exists when its record does."""
     files = tuple(
@@ -78,7 +68,7 @@ def main(job_path: str) -> None:
     rank = this_rank()
     store = open_store(job.store)
     share = job.groups[rank.rank :: rank.world_size]
-    device = _device(job.config.device, rank.local_rank)
+    device = device_of(job.config.device, rank.local_rank)
     generator = load_generator(store, load_manifest(store, job.checkpoint), job.config, Path(job.cache), device)
     prefix = samples_prefix(job.fingerprint)
     total = len(job.config.all_prompts())

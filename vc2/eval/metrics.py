@@ -1,27 +1,58 @@
-"""The 17 metrics of EvalCrafter (arXiv 2310.11440) under the names and units of its leaderboard.
+"""What is measured: the 17 metrics of EvalCrafter (arXiv 2310.11440) and the quality half of VBench (2311.17982).
 
-Every metric has one shape: videos and prompts in, one number per video out (`Measure`); a table row says what it is
-about, which way is better, which prompts it looks at and which foreign weights it needs. Without those it is *not
-measured*, and so is every score made from it: nothing is imputed. No metric has a measure in this version, which is
-said as plainly.
+A table row says what a metric is about, which way is better, which prompts it looks at, what it needs (foreign weights,
+reference images, photographs) and in which unit it is printed. How a value comes about is in `vc2.eval.look`. A metric
+that lacks what it needs is *not measured*, and so is every score made from it: nothing is imputed.
 
-Units are those of the printed leaderboard: percent, except IS and Warping_Error (plain) and Flow_Score (pixels).
+Most metrics have two modes: `compat`, the published program with its flaws, alone comparable with published rows, and
+`fixed`, mended. Printed units are those of the leaderboards: percent, except IS and Warping_Error (plain) and
+Flow_Score (pixels).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from vc2.errors import ConfigError
-from vc2.eval.config import Prompt
-from vc2.pretrained import is_available
+from vc2.eval.formulas import Mode
+from vc2.pretrained import WEIGHTS, is_available
 
-__all__ = ["METRICS", "Aspect", "Measure", "Measured", "Metric", "NotMeasured", "Video", "measure", "measure_all"]
+__all__ = [
+    "ASPECT_NAMES",
+    "EVALCRAFTER",
+    "METRICS",
+    "MODES",
+    "VBENCH_QUALITY",
+    "Aspect",
+    "Metric",
+    "MetricName",
+    "Needs",
+    "Video",
+    "modes_of",
+    "why_not",
+]
 
 Aspect = Literal["visual_quality", "text_video_alignment", "motion_quality", "temporal_consistency"]
-Mode = Literal["compat", "fixed"]
+ASPECT_NAMES: tuple[Aspect, ...] = get_args(Aspect)
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+EvalCrafterName = Literal[
+    "VQA_A", "VQA_T", "IS",
+    "CLIP_Temp", "Warping_Error", "Face_Consistency",
+    "Action_Score", "Motion_AC_Score", "Flow_Score",
+    "CLIP_Score", "BLIP_BLEU", "SD_Score", "Detection_Score", "Color_Score", "Count_Score", "OCR_Score",
+    "Celebrity_ID_Score",
+]  # fmt: skip
+VBenchName = Literal[
+    "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",
+    "aesthetic_quality", "imaging_quality",
+]  # fmt: skip
+MetricName = Literal[EvalCrafterName, VBenchName]
+EVALCRAFTER: tuple[str, ...] = get_args(EvalCrafterName)
+VBENCH_QUALITY: tuple[str, ...] = get_args(VBenchName)
+
+Need = Literal["references", "photos"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +69,6 @@ class Video:
         return self.load()
 
 
-Measure = Callable[[Sequence[Video], Sequence[Prompt], Mode], Mapping[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A metric's value in the leaderboard's unit, and the number of every video by id (raw, before averaging)."""
-
-    value: float
-    per_video: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class NotMeasured:
-    """Why a metric has no value."""
-
-    reason: str
-
-
 @dataclass(frozen=True, slots=True)
 class Metric:
     """What is known of a metric before anything is measured."""
@@ -64,82 +77,94 @@ class Metric:
     aspect: Aspect
     direction: Literal["up", "down", "neutral"]
     unit: str
-    weights: tuple[str, ...]  #: names in `vc2.pretrained.WEIGHTS`; a name that is not there cannot be found
+    weights: tuple[str, ...]  #: names in `vc2.pretrained.WEIGHTS`
     prompts: str = ""  #: attribute of the prompts it looks at; empty: all
     scale: float = 100.0  #: from the mean of the per-video numbers to the printed unit
-    measure: Measure | None = field(default=None, compare=False)
+    fixed_weights: tuple[str, ...] | None = None  #: where fixed needs others
+    needs: tuple[Need, ...] = ()
+    one_mode: bool = False  #: whether there is nothing to mend: both modes have the same number
+    flow: bool = False  #: whether optical flow may come from a substitute that needs no weights
+    note: str = ""  #: what stands in for what the published program ran
+    version: int = 1  #: raised by hand when it says something else of the same video
 
-    def missing_weights(self) -> list[str]:
-        return [name for name in self.weights if not _is_at_hand(name)]
+    def weights_in(self, mode: Mode, flow: str = "raft") -> tuple[str, ...]:
+        """Foreign weights that it needs in a mode."""
+        if self.flow and flow != "raft":
+            return tuple(name for name in self.weights if name != "raft-things")
+        return self.weights if mode == "compat" or self.fixed_weights is None else self.fixed_weights
 
 
-def _is_at_hand(name: str) -> bool:
-    try:
-        return is_available(name)
-    except KeyError:  # no such entry in the table of foreign weights
-        return False
+def _percent(name: str, aspect: Aspect, direction: Literal["up", "down"], *weights: str, **more: object) -> Metric:
+    return Metric(name, aspect, direction, "%", weights, **more)  # type: ignore[arg-type]
 
 
-def _percent(name: str, aspect: Aspect, direction: Literal["up", "down"], *weights: str, prompts: str = "") -> Metric:
-    return Metric(name, aspect, direction, "%", weights, prompts)
-
+TRACKED = "objects are tracked by SAM 2, where the published program has DeAOT, of which there is no package"
+STATIC = "of all videos; VBench's own number is of videos that its filter takes for static"
+READ = "text is read by RapidOCR (PP-OCRv6), where the published program has PaddleOCR 2.7"
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         _percent("VQA_A", "visual_quality", "up", "dover"),
         _percent("VQA_T", "visual_quality", "up", "dover"),
-        Metric("IS", "visual_quality", "up", "", ("inception-2015-12-05",), scale=1.0),
+        Metric("IS", "visual_quality", "up", "", ("inception-2015-12-05",), scale=1.0, one_mode=True),
         _percent("CLIP_Temp", "temporal_consistency", "up", "clip-vit-b-32"),
-        Metric("Warping_Error", "temporal_consistency", "down", "", ("raft-things",), scale=1.0),
+        Metric("Warping_Error", "temporal_consistency", "down", "", ("raft-things",), scale=1.0, flow=True),
         _percent("Face_Consistency", "temporal_consistency", "up", "clip-vit-b-32"),
-        _percent("Action_Score", "motion_quality", "up", "videomae-v2-k400", "clip-vit-b-32", prompts="action"),
-        _percent("Motion_AC_Score", "motion_quality", "up", "raft-things", prompts="amplitude"),
-        Metric("Flow_Score", "motion_quality", "neutral", "px", ("raft-things",), scale=1.0),
+        _percent("Action_Score", "motion_quality", "up", "videomae-k400", "clip-vit-b-32", prompts="action",
+                 one_mode=True),
+        _percent("Motion_AC_Score", "motion_quality", "up", "raft-things", prompts="amplitude", flow=True),
+        Metric("Flow_Score", "motion_quality", "neutral", "px", ("raft-things",), scale=1.0, flow=True),
         _percent("CLIP_Score", "text_video_alignment", "up", "clip-vit-b-32"),
         _percent("BLIP_BLEU", "text_video_alignment", "up", "blip2-opt-2.7b"),
-        _percent("SD_Score", "text_video_alignment", "up", "sdxl-base", "clip-vit-b-32"),
-        _percent("Detection_Score", "text_video_alignment", "up", "grounding-dino-tiny"),
-        _percent("Color_Score", "text_video_alignment", "up", "grounding-dino-tiny", "sam2", prompts="color"),
-        _percent("Count_Score", "text_video_alignment", "up", "grounding-dino-tiny", "sam2", prompts="count"),
-        _percent("OCR_Score", "text_video_alignment", "down", "paddleocr-2.7-en", prompts="text"),
-        _percent("Celebrity_ID_Score", "text_video_alignment", "down", "vgg-face", prompts="celebrity"),
+        _percent("SD_Score", "text_video_alignment", "up", "clip-vit-b-32", needs=("references",)),
+        _percent("Detection_Score", "text_video_alignment", "up", "grounding-dino-tiny", "sam2", note=TRACKED),
+        _percent("Color_Score", "text_video_alignment", "up", "grounding-dino-tiny", "sam2", prompts="color",
+                 note=TRACKED),
+        _percent("Count_Score", "text_video_alignment", "up", "grounding-dino-tiny", "sam2", prompts="count",
+                 note=TRACKED),
+        _percent("OCR_Score", "text_video_alignment", "down", "rapidocr", prompts="text", note=READ),
+        _percent("Celebrity_ID_Score", "text_video_alignment", "down", "vgg-face", "opencv-haar-face",
+                 fixed_weights=("dlib-faces",), prompts="celebrity", needs=("photos",)),
+        _percent("subject_consistency", "temporal_consistency", "up", "dino-vit-b-16", one_mode=True),
+        _percent("background_consistency", "temporal_consistency", "up", "clip-vit-b-32", one_mode=True),
+        _percent("temporal_flickering", "temporal_consistency", "up", one_mode=True, note=STATIC),
+        _percent("motion_smoothness", "temporal_consistency", "up", "amt-s"),
+        _percent("dynamic_degree", "motion_quality", "up", "raft-things", flow=True),
+        _percent("aesthetic_quality", "visual_quality", "up", "clip-vit-l-14", "laion-aesthetic", one_mode=True),
+        _percent("imaging_quality", "visual_quality", "up", "musiq-spaq", one_mode=True),
     )
-}
+}  # fmt: skip
 
 
-def measure(
-    name: str, videos: Sequence[Video], prompts: Sequence[Prompt], *, mode: Mode = "compat"
-) -> Measured | NotMeasured:
-    """One metric over the videos of the prompts it looks at.
-
-    Args:
-        name: A key of `METRICS`.
-        videos: In the order of `prompts`, with their ids.
-        prompts: What the videos were made from.
-        mode: compat: the published formula with its flaws; fixed: mended.
-
-    Raises:
-        ConfigError: If there is no such metric, or videos and prompts do not belong together.
-    """
-    if name not in METRICS:
-        raise ConfigError(f"no metric {name!r}; there are {', '.join(METRICS)}")
-    if [video.id for video in videos] != [prompt.id for prompt in prompts]:
-        raise ConfigError(f"{len(videos)} videos and {len(prompts)} prompts do not pair by id")
-    metric = METRICS[name]
-    if missing := metric.missing_weights():
-        return NotMeasured(f"weights not found: {', '.join(missing)}")
-    if metric.measure is None:
-        return NotMeasured("weights are at hand, but vc2 does not implement this metric yet")
-    chosen = [i for i, prompt in enumerate(prompts) if not metric.prompts or metric.prompts in prompt.attributes]
-    if not chosen:
-        return NotMeasured(f"no prompt has the attribute {metric.prompts!r}")
-    per_video = metric.measure([videos[i] for i in chosen], [prompts[i] for i in chosen], mode)
-    return Measured(metric.scale * float(np.mean(list(per_video.values()))), per_video)
+def modes_of(metric: Metric, asked: Sequence[Mode]) -> tuple[Mode, ...]:
+    """The modes in which a metric has to be measured; where there is nothing to mend, compat stands for both."""
+    return ("compat",) if metric.one_mode else tuple(asked)
 
 
-def measure_all(
-    names: Sequence[str], videos: Sequence[Video], prompts: Sequence[Prompt], *, mode: Mode = "compat"
-) -> dict[str, Measured | NotMeasured]:
-    """Several metrics by name; none named: all 17."""
-    return {name: measure(name, videos, prompts, mode=mode) for name in names or METRICS}
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What is at hand besides weights."""
+
+    flow: Literal["raft", "dis"] = "raft"
+    references: str = ""
+    photos: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)  #: explicit files of weights, by name
+
+
+def why_not(metric: Metric, mode: Mode, needs: Needs) -> str:
+    """Why a metric cannot be measured; empty if it can. Asks no network and reads no weights."""
+    reasons = []
+    if missing := [
+        name for name in metric.weights_in(mode, needs.flow) if name not in needs.files and not _is_at_hand(name)
+    ]:
+        reasons.append(f"weights not found: {', '.join(missing)} (vc2 doctor says where to get them)")
+    if "references" in metric.needs and not needs.references:
+        reasons.append("no reference images (evaluation.references; `vc2 references` paints them)")
+    if "photos" in metric.needs and not needs.photos:
+        reasons.append("no folder of photographs of the persons (evaluation.photos)")
+    return "; ".join(reasons)
+
+
+def _is_at_hand(name: str) -> bool:
+    return name in WEIGHTS and is_available(name)

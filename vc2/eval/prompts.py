@@ -27,7 +27,9 @@ from vc2.eval.formulas import Mode
 
 __all__ = [
     "COCO_CLASSES",
+    "NUM_BENCHMARK_PROMPTS",
     "Prompt",
+    "attributes_digest",
     "check_ids",
     "detection_classes",
     "load_prompts",
@@ -67,9 +69,14 @@ class Prompt(Config):
         return value
 
 
-def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
-    """sha256 over ids, texts and attributes in order."""
-    return digest([prompt.model_dump(mode="json") for prompt in prompts])
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """sha256 over ids and texts in order: all that decides the videos."""
+    return digest([[prompt.id, prompt.text] for prompt in prompts])
+
+
+def attributes_digest(prompts: Sequence[Prompt]) -> str:
+    """sha256 over what else is known of the prompts, which decides scores."""
+    return digest([[prompt.id, prompt.attributes] for prompt in prompts])
 
 
 def check_ids(prompts: Sequence[Prompt]) -> None:

@@ -9,8 +9,9 @@ weight is negative: a still video has the best motion score there is, 64.88 - 8.
 fractions). Scores may leave 0..100 and are not clipped. An aspect with a missing metric is withheld, and so is the
 total.
 
-A scorecard's files: `videos.jsonl`, one line per video and set with what the judges said of it, and `summary.json`,
-means and shares with their n, the benchmark's metrics and aspects or the reason why there are none.
+A scorecard's files: `videos.jsonl`, one line per video and set with what the judges said of it; `metrics.jsonl`, one
+line per video, metric and mode (`vc2.eval.measure.Line`); `summary.json`, means and shares with their n, the
+benchmark's metrics and aspects by mode or the reason why there are none.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,13 @@ import numpy as np
 from vc2.artifacts import FileEntry, Manifest, SampleSet, Scorecard, commit, find, load_manifest, put_file
 from vc2.errors import ShardCorrupted, Vc2Error
 from vc2.eval.config import EvaluateStage, Prompt
-from vc2.eval.metrics import METRICS, Measured, NotMeasured, Video, measure_all
+from vc2.eval.formulas import Mode
+from vc2.eval.generate import Launch
+from vc2.eval.measure import Line, applies, lines_folder, pooled, take_lines, videos_of
+from vc2.eval.metrics import EVALCRAFTER, METRICS, VBENCH_QUALITY, Video
+from vc2.eval.prompts import NUM_BENCHMARK_PROMPTS, num_of_benchmark
+from vc2.eval.vbench import partial_vbench_scores
+from vc2.launch import run_ranks
 from vc2.progress import Progress, silent
 from vc2.storage import Store
 
@@ -40,13 +48,14 @@ __all__ = [
     "aspect_scores",
     "judge_videos",
     "partial_aspect_scores",
+    "plain_averages",
     "sampled_videos",
     "score",
     "scores_prefix",
     "summarise",
 ]
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 #: What a judge is: frames (T, H, W, 3) uint8, the prompt and the frame rate in, figures by name out; NaN: does not
 #: apply.
@@ -140,9 +149,9 @@ def aspect_scores(raw: Mapping[str, float]) -> dict[str, float]:
     """
     scores, withheld = partial_aspect_scores(raw)
     if withheld:
-        missing = [name for name in METRICS if any(name in aspect.missing(raw) for aspect in ASPECTS.values())]
+        missing = [name for name in EVALCRAFTER if any(name in aspect.missing(raw) for aspect in ASPECTS.values())]
         raise MetricsMissing(
-            f"{len(missing)} of {len(METRICS)} metrics missing: {', '.join(missing)}; without them no "
+            f"{len(missing)} of {len(EVALCRAFTER)} metrics missing: {', '.join(missing)}; without them no "
             f"{', '.join(withheld)} can be given (measure them, or use partial_aspect_scores)"
         )
     return scores
@@ -226,6 +235,7 @@ def scores_prefix(fingerprint: str) -> str:
 def score(
     config: EvaluateStage,
     store: Store,
+    work: Path,
     *,
     fingerprint: str,
     samples: SampleSet,
@@ -233,12 +243,13 @@ def score(
     others: Mapping[str, Sequence[Video]] | None = None,
     progress: Progress = silent,
     repeat: int = 0,
+    launch: Launch = run_ranks,
 ) -> Scorecard:
     """Judge the videos of a sample set and measure the benchmark's metrics: SampleSet -> Scorecard.
 
     Args:
         config: The evaluation; its prompts are those of the samples.
-        store: Where artifacts are kept.
+        store, work: Where artifacts are kept; a folder for the metrics' job, its logs and fetched weights.
         fingerprint: Name of the scorecard.
         samples: The videos.
         judge: Says what it sees in a video of a prompt; None: only the benchmark's metrics.
@@ -246,6 +257,7 @@ def score(
             of which a set may lack some.
         progress: Told after each video.
         repeat: As in the fingerprint.
+        launch: Starts the ranks that measure and waits for them.
     """
     prefix = scores_prefix(fingerprint)
     if done := find(store, prefix, Scorecard):
@@ -267,10 +279,13 @@ def score(
             progress("scores", len(lines), sum(map(len, sets.values())))
         judged[name] = {figure: asdict(summary) for figure, summary in summarise(rows).items()}
 
-    benchmark = _benchmark(config, videos, prompts)
+    measured = take_lines(config, store, work, samples, progress=progress, launch=launch)
+    benchmark = _benchmark(config, store, samples, measured, prompts)
     summary = {"judges": judged, "num_prompts": len(prompts), "benchmark": benchmark}
+    read = [line.model_dump(mode="json", exclude={"asked"}) for line in measured]
     files = (
         put_file(store, prefix, "videos.jsonl", "".join(f"{_json(line)}\n" for line in lines).encode()),
+        put_file(store, prefix, "metrics.jsonl", "".join(f"{_json(line)}\n" for line in read).encode()),
         put_file(store, prefix, "summary.json", _json(summary, indent=1).encode()),
     )
     manifest = Manifest(
@@ -282,7 +297,7 @@ def score(
         config=config.model_dump(mode="json"),
         inputs={"samples": samples},
         files=files,
-        counts={"videos": len(prompts), "sets": len(sets), "metrics_measured": benchmark.get("measured", 0)},
+        counts={"videos": len(prompts), "sets": len(sets), "metrics_measured": _num_measured(benchmark)},
         facts={"judges": judged},
         seconds=round(time.monotonic() - started, 3),
     )
@@ -291,23 +306,127 @@ def score(
     return card
 
 
-def _benchmark(config: EvaluateStage, videos: Sequence[Video], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _benchmark(
+    config: EvaluateStage, store: Store, samples: SampleSet, lines: Sequence[Line], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """What a scorecard says of the benchmark: metrics, aspects and averages by mode, and what to beware of."""
     if config.benchmark == "none":
         return {"name": "none"}
-    results = measure_all(config.metrics, videos, prompts, mode=config.mode)
-    raw = {name: result.value for name, result in results.items() if isinstance(result, Measured)}
-    aspects, withheld = partial_aspect_scores(raw)
+    manifest = load_manifest(store, samples.prefix)
+    of_benchmark = num_of_benchmark(prompts)
+    modes = {
+        mode: _in_mode(config, mode, lines, store, lines_folder(config, samples), prompts) for mode in config.modes
+    }
     return {
         "name": config.benchmark,
-        "mode": config.mode,
-        "measured": len(raw),
-        "metrics": {
-            name: {"not_measured": result.reason} if isinstance(result, NotMeasured) else asdict(result)
-            for name, result in results.items()
+        "prompts": {
+            "total": len(prompts),
+            "of_benchmark": of_benchmark,
+            "whole_list": of_benchmark == NUM_BENCHMARK_PROMPTS,
         },
-        "aspects": aspects,
-        "withheld": withheld,
+        "videos": {
+            "expected": len(prompts),
+            "scored": len(videos_of(manifest)),
+            "rejected": manifest.facts.get("unreadable", {}) | manifest.facts.get("missing", {}),
+        },
+        "settings": {
+            "flow": config.flow,
+            "dover_first": config.dover_first,
+            "dover_seed": config.dover_seed,
+            **{name: manifest.facts[name] for name in ("sizes", "rates", "origin") if name in manifest.facts},
+        },
+        "modes": modes,
+        "warnings": list(_warnings(config, modes, of_benchmark)),
     }
+
+
+def _in_mode(
+    config: EvaluateStage, mode: Mode, lines: Sequence[Line], store: Store, prefix: str, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    missing, metrics = config.missing(), {}
+    for name in config.metric_names():
+        metric = METRICS[name]
+        read_as = "compat" if metric.one_mode else mode
+        value, count, without = pooled(name, mode, lines, store, prefix)
+        if f"{name}/{read_as}" in missing:
+            metrics[name] = {"not_measured": missing[f"{name}/{read_as}"]}
+        elif not any(applies(metric, prompt, read_as) for prompt in prompts):
+            what = f"has the attribute {metric.prompts!r}" if metric.prompts else "names a class of COCO"
+            metrics[name] = {"not_measured": f"no prompt {what}"}
+        elif value is None:
+            metrics[name] = {"not_measured": "no video gave a value", "without_value": without}
+        else:
+            weights = next(line.weights for line in lines if line.metric == name and line.mode == read_as)
+            note = SUBSTITUTE_FLOW if metric.flow and config.flow != "raft" else metric.note
+            metrics[name] = {"value": value, "n": count, "without_value": without, "weights": weights, "note": note}
+    raw = {name: found["value"] for name, found in metrics.items() if "value" in found}
+    aspects, withheld = partial_aspect_scores(raw)
+    if mode == "fixed":
+        aspects, withheld = {}, dict.fromkeys((*ASPECTS, "total"), "the coefficients were fitted to compat values")
+    more: dict[str, Any] = {}
+    if set(VBENCH_QUALITY) <= raw.keys():
+        more["vbench"] = partial_vbench_scores(raw)[0]
+    return {"metrics": metrics, "aspects": aspects, "withheld": withheld, "averages": plain_averages(raw), **more}
+
+
+SUBSTITUTE_FLOW = "flow by DIS, which needs no weights, in place of RAFT: other numbers"
+
+
+def plain_averages(raw: Mapping[str, float]) -> dict[str, float]:
+    """Per aspect the plain mean of its metrics in percent, larger is better; what is missing is left out of the mean.
+
+    Errors and distances count as 100 minus their percentage; IS (no percentage) and Flow_Score (neutral) are left out,
+    so that motion is the mean of Action_Score and Motion_AC_Score, which the benchmark's authors suggest in place of
+    their formula. By their own figures the fitted formulas agree with people hardly better, except for motion.
+    """
+    found: dict[str, float] = {}
+    for aspect, form in ASPECTS.items():
+        values = []
+        for term in form.terms:
+            value = raw.get(term.metric)
+            if term.metric in ("IS", "Flow_Score") or not _is_finite(value):
+                continue
+            percent = 100 * float(value) / term.unit  # type: ignore[arg-type]
+            values.append(100 - percent if term.from_one else percent)
+        if values:
+            found[aspect] = math.fsum(values) / len(values)
+    return found
+
+
+def _warnings(config: EvaluateStage, modes: Mapping[str, Mapping[str, Any]], of_benchmark: int) -> Iterator[str]:
+    """What a reader of the numbers has to know, for those numbers that are there."""
+    if of_benchmark < NUM_BENCHMARK_PROMPTS:
+        yield (
+            f"{of_benchmark} of the benchmark's {NUM_BENCHMARK_PROMPTS} prompts: not comparable with published rows, "
+            "which are means over all of them"
+        )
+    compat = modes.get("compat", {"metrics": {}, "aspects": {}})
+    metrics = {name: found for name, found in compat["metrics"].items() if "value" in found}
+    if "motion_quality" in compat["aspects"]:
+        still = 100 * ASPECTS["motion_quality"].intercept
+        yield (
+            f"motion_quality: every weight is negative, so a still video has the best score there is ({still:.2f} less "
+            "what it gets for actions and amplitude); Flow_Score here is "
+            f"{metrics['Flow_Score']['value']:.2f} px. The plain average leaves flow out"
+        )
+    if "temporal_consistency" in compat["aspects"]:
+        yield (
+            "temporal_consistency: a thousandth of CLIP_Temp moves it by 1.46 points, so any other way of decoding or "
+            "resizing frames does, too"
+        )
+    if metrics.get("OCR_Score", {}).get("value") == 0.0:
+        yield "OCR_Score is 0: the published program takes a frame without any text for perfect; see the fixed mode"
+    if notes := sorted({found["note"] for found in metrics.values() if found.get("note")}):
+        for note in notes:
+            names = ", ".join(name for name, found in metrics.items() if found["note"] == note)
+            yield f"{names}: {note}"
+    if "SD_Score" in metrics:
+        yield "SD_Score compares with reference images; only scores with the same images (their digest) are comparable"
+
+
+def _num_measured(benchmark: Mapping[str, Any]) -> int:
+    modes = benchmark.get("modes", {}).values()
+    return len({name for said in modes for name, found in said["metrics"].items() if "value" in found})
 
 
 def _json(value: Any, indent: int | None = None) -> str:

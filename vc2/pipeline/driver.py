@@ -165,8 +165,10 @@ def drive(
     last = STAGES.index(stop_after) if stop_after else len(STAGES) - 1
     if first > last:
         raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
+    stages = plan(config, store, repeat=repeat, start_at=start_at, given=given)[: last + 1]
+    _refuse_unmeasured(config, stages[first:])
     made: dict[str, Artifact] = {}
-    for number, stage in enumerate(plan(config, store, repeat=repeat, start_at=start_at, given=given)[: last + 1]):
+    for number, stage in enumerate(stages):
         if stage.artifact is not None:
             made[stage.name] = stage.artifact
             continue
@@ -180,6 +182,21 @@ def drive(
             raise StoreError(f"{stage.name} ended well, yet {store.uri}/{stage.prefix} has no manifest; run it again")
         made[stage.name] = finished
     return made[STAGES[last]]
+
+
+def _refuse_unmeasured(config: PipelineConfig, stages: Sequence[PlannedStage]) -> None:
+    """Raise `ConfigError` before anything is trained whose metrics could not be measured afterwards."""
+    todo = {stage.name for stage in stages if stage.artifact is None}
+    missing = config.evaluation.missing()
+    if config.evaluation.unmeasured == "allow" or not missing or "evaluate/evalcrafter" not in todo:
+        return
+    if any(name.startswith("train/") for name in todo):
+        names = list(dict.fromkeys(name.split("/")[0] for name in missing))
+        which, why = next(iter(missing.items()))
+        raise ConfigError(
+            f"{len(names)} metrics could not be measured after the training ({', '.join(names)}); {which}: {why}. Get "
+            "what is missing, name the metrics that you want (evaluation.metrics), or set evaluation.unmeasured=allow"
+        )
 
 
 @contextmanager

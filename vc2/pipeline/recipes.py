@@ -104,10 +104,10 @@ def resolve(
     config = merge(row(config, named_row(table3)) if table3 else config, settings)
     evaluation = config.evaluation
     if evaluation.prompts_file and not evaluation.prompts:
-        return config.evolve(evaluation=evaluation.with_prompts())
-    if config.world is not None and not evaluation.prompts:
-        return config.evolve(evaluation=_with_world_prompts(evaluation, config.world))
-    return config
+        evaluation = evaluation.with_prompts()
+    elif config.world is not None and not evaluation.prompts:
+        evaluation = _with_world_prompts(evaluation, config.world)
+    return config.evolve(evaluation=evaluation.with_metrics())
 
 
 def miniature(work: Path = DEFAULT_WORK, world: WorldConfig = WorldConfig()) -> PipelineConfig:
@@ -187,6 +187,8 @@ def miniature(work: Path = DEFAULT_WORK, world: WorldConfig = WorldConfig()) -> 
             play_fps=8,
             group_size=4,
             world_size=2,
+            flow="dis",
+            unmeasured="allow",
         ),
     )
 

@@ -169,14 +169,14 @@ def _evaluate(
     from vc2.pipeline.gather import gather, real_clips
 
     started = time.monotonic()
-    wanted = config.evaluation.with_prompts()
+    wanted = config.evaluation.with_prompts().with_metrics()
     made = {
         role: _samples(wanted, store, work, artifact, stage.repeat, progress)
         for role, artifact in inputs.items()
         if isinstance(artifact, Checkpoint)
     }
     real = real_clips(store, inputs["videos"], wanted.all_prompts()) if "videos" in inputs else {}
-    scorecard = _scores(wanted, config, store, made, real, stage.repeat, progress)
+    scorecard = _scores(wanted, config, store, work, made, real, stage.repeat, progress)
     progress("report", 0, 1)
     data = gather(config, store, inputs, made, scorecard, real)
     report = publish(
@@ -209,6 +209,7 @@ def _scores(
     wanted: EvaluateStage,
     config: PipelineConfig,
     store: Store,
+    work: Path,
     made: Mapping[str, SampleSet],
     real: "Mapping[str, Video]",
     repeat: int,
@@ -229,6 +230,7 @@ def _scores(
     return score(
         wanted,
         store,
+        work,
         fingerprint=fingerprint("score", STAGE_VERSION, wanted, inputs, repeat),
         samples=made["checkpoint"],
         judge=judge,

@@ -1,0 +1,431 @@
+"""One video being looked at: decoded once, each network asked once, whatever metrics want to know.
+
+A metric is a function of a `Look` and a mode. What it asks the look for (embeddings, flow, captions, objects...) is
+computed at the first question and kept for the next metric; only small things are kept, and frames go through a network
+in bounded batches. Networks are loaded when they are first needed, and stay.
+
+    CLIP_Score, CLIP_Temp, Face_Consistency, SD_Score      one CLIP pass for each way of preparing frames
+    Flow_Score, Motion_AC_Score                            one pass of optical flow
+    VQA_A, VQA_T                                           one pass of DOVER
+    Detection_Score, Count_Score, Color_Score              one track for each phrase
+
+Shapes: T frames, H x W pixels, P = T - 1 pairs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vc2 import pretrained
+from vc2.eval import formulas, vbench
+from vc2.eval.config import EvaluateStage
+from vc2.eval.formulas import Mode, NoValue
+from vc2.eval.metrics import METRICS
+from vc2.eval.prompts import Prompt, detection_classes, scoring_text
+from vc2.seeding import derive_seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from vc2.eval.networks.clip import Clip, Preparation
+
+__all__ = ["READINGS", "Look", "Networks", "Reading", "read"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a metric says of a video."""
+
+    value: float | None  #: raw: a fraction, pixels, an error; None: none
+    frames: int = 0  #: how many frames it is made from
+    reason: str = ""  #: why there is no value, or what is strange about it
+    weight: float = 1.0  #: in the mean over videos: detection counts once for each class
+    rows: np.ndarray | None = None  #: what is pooled over all videos (class probabilities), (T, K)
+
+
+class Networks:
+    """The networks of an evaluation, each loaded when first asked for."""
+
+    def __init__(self, config: EvaluateStage, device: "torch.device", cache: Path | None = None) -> None:
+        self.config, self.device, self.cache = config, device, cache
+        self._texts: dict[str, np.ndarray] = {}
+
+    def _file(self, name: str) -> Path:
+        given = self.config.files.get(name)
+        return pretrained.resolve(name, path=Path(given) if given else None, cache=self.cache)
+
+    @cached_property
+    def clip(self) -> "Clip":
+        from vc2.eval.networks.clip import Clip
+
+        return Clip.load(self._file("clip-vit-b-32"), self.device)
+
+    def text(self, text: str) -> np.ndarray:
+        """CLIP's embedding of a text, (D,)."""
+        if text not in self._texts:
+            self._texts[text] = self.clip.texts([text])[0]
+        return self._texts[text]
+
+    @cached_property
+    def flow(self) -> Any:
+        from vc2.eval.networks.flow import DisFlow, Raft
+
+        return DisFlow() if self.config.flow == "dis" else Raft.load(self._file("raft-things"), self.device)
+
+    @cached_property
+    def inception(self) -> Any:
+        from vc2.eval.networks.inception import Inception
+
+        return Inception.load(self._file("inception-2015-12-05"), self.device)
+
+    @cached_property
+    def dover(self) -> Any:
+        from vc2.eval.networks.dover import Dover
+
+        return Dover.load(self._file("dover"), self.device)
+
+    @cached_property
+    def captioner(self) -> Any:
+        from vc2.eval.networks.captions import Captioner
+
+        return Captioner.load(self._file("blip2-opt-2.7b").parent, self.device)
+
+    @cached_property
+    def tracker(self) -> Any:
+        from vc2.eval.networks.detector import ObjectTracker
+
+        return ObjectTracker.load(self._file("grounding-dino-tiny").parent, self._file("sam2").parent, self.device)
+
+    @cached_property
+    def reader(self) -> Any:
+        from vc2.eval.networks.ocr import TextReader
+
+        return TextReader.load(device=self.device)
+
+    @cached_property
+    def actions(self) -> Any:
+        from vc2.eval.networks.action import ActionRecogniser
+
+        return ActionRecogniser.load(self._file("videomae-k400").parent, self.device)
+
+    @cached_property
+    def action_labels(self) -> np.ndarray:
+        """CLIP's embeddings of the names of the actions, (K, D)."""
+        return self.clip.texts(list(self.actions.labels))
+
+    @cached_property
+    def vgg_faces(self) -> Any:
+        from vc2.eval.networks.faces import VggFace
+
+        return VggFace.load(self._file("vgg-face"), self._file("opencv-haar-face"), self.device)
+
+    @cached_property
+    def dlib_faces(self) -> Any:
+        from vc2.eval.networks.faces import DlibFaces
+
+        return DlibFaces.load(None, self.device)
+
+    @cached_property
+    def references(self) -> Any:
+        from vc2.eval.networks.references import load_references
+
+        return load_references(Path(self.config.references))
+
+    @cached_property
+    def dino(self) -> Any:
+        from vc2.eval.networks.dino import Dino
+
+        return Dino.load(self._file("dino-vit-b-16"), self.device)
+
+    @cached_property
+    def amt(self) -> Any:
+        from vc2.eval.networks.amt import Amt
+
+        return Amt.load(self._file("amt-s"), self.device)
+
+    @cached_property
+    def aesthetic(self) -> Any:
+        from vc2.eval.networks.aesthetic import Aesthetic
+
+        return Aesthetic.load(self._file("laion-aesthetic"), self.device, clip=self._file("clip-vit-l-14"))
+
+    @cached_property
+    def clip_images(self) -> Any:
+        """CLIP ViT-B/32 as VBench prepares its pictures."""
+        from vc2.eval.networks.aesthetic import ClipImages
+
+        return ClipImages.load(self._file("clip-vit-b-32"), self.device)
+
+    @cached_property
+    def musiq(self) -> Any:
+        from vc2.eval.networks.musiq import Musiq
+
+        return Musiq.load(self._file("musiq-spaq"), self.device)
+
+
+class Look:
+    """A video and its prompt, looked at by networks. Frames are (T, H, W, 3) uint8 RGB."""
+
+    def __init__(self, prompt: Prompt, frames: np.ndarray, fps: float, networks: Networks) -> None:
+        self.prompt, self.frames, self.fps, self.networks = prompt, frames, fps, networks
+        self._kept: dict[Any, Any] = {}
+
+    @property
+    def batch(self) -> int:
+        return self.networks.config.batch
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed at the first call with this key."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+    def clip(self, how: "Preparation") -> np.ndarray:
+        """CLIP's embeddings of the frames, (T, D)."""
+        return self.once(("clip", how), lambda: self.networks.clip.frames(self.frames, how, batch=self.batch))
+
+    def flow_lengths(self) -> tuple[float, float]:
+        """Mean length of flow over the frames extended to a multiple of 8, and over the frames alone, in pixels."""
+        return self.once("flow", self._flow_lengths)
+
+    def _flow_lengths(self) -> tuple[float, float]:
+        height, width = self.frames.shape[1:3]
+        top, left = (-height) % 8 // 2, (-width) % 8 // 2
+        whole, inner = [], []
+        for first, second in self.pairs(self.frames):
+            flows = self.networks.flow.between(formulas.padded(first), formulas.padded(second), batch=self.batch)
+            whole.append((len(flows), formulas.flow_score(flows)))
+            cut = flows[:, :, top : top + height, left : left + width]
+            inner.append((len(flows), formulas.flow_score(cut)))
+        return _mean_of_parts(whole), _mean_of_parts(inner)
+
+    def warping_errors(self, mode: Mode) -> list[float]:
+        """Warping error of every pair. In compat the network is given 0..1 where it expects 0..255: a flaw."""
+        reach = 255.0 if mode == "fixed" or self.networks.config.flow == "dis" else 1.0
+        errors: list[float] = []
+        for first, second in self.pairs(self.frames):
+            small = [formulas.padded(formulas.half_size(frames.astype(np.float64) / 255)) for frames in (first, second)]
+            this, following = (part * reach for part in small)
+            forward = self.networks.flow.between(this, following, batch=self.batch)
+            backward = self.networks.flow.between(following, this, batch=self.batch)
+            errors += map(formulas.warping_error_of_pair, *small, forward, backward)
+        return errors
+
+    def pairs(self, frames: np.ndarray) -> "list[tuple[np.ndarray, np.ndarray]]":
+        """Neighbouring frames in parts of at most `batch` pairs: those that come first, those that follow."""
+        if len(frames) < 2:
+            raise NoValue(f"needs two frames, has {len(frames)}")
+        starts = range(0, len(frames) - 1, self.batch)
+        ends = [min(start + self.batch, len(frames) - 1) for start in starts]
+        return [(frames[a:b], frames[a + 1 : b + 1]) for a, b in zip(starts, ends, strict=True)]
+
+    def dover(self, mode: Mode) -> Any:
+        """Raw scores of DOVER's two branches."""
+        seed = derive_seed(self.networks.config.dover_seed, "dover", self.prompt.id)
+        return self.once(
+            ("dover", mode), lambda: self.networks.dover.raw_scores(self.frames, seed=seed, mode=mode, batch_clips=1)
+        )
+
+    def track(self, phrase: str, mode: Mode) -> Any:
+        """Where instances of a phrase are in the frames looked at."""
+        return self.once(("track", phrase, mode), lambda: self.networks.tracker.track(self.frames, phrase, mode=mode))
+
+
+def _mean_of_parts(parts: "list[tuple[int, float]]") -> float:
+    return sum(count * mean for count, mean in parts) / sum(count for count, _ in parts)
+
+
+# ---- the metrics ----
+
+
+def _vqa(look: Look, mode: Mode, which: str) -> Reading:
+    from vc2.eval.dover_scores import fused
+
+    raw = look.dover(mode)
+    scores = fused(raw.aesthetic, raw.technical, first=look.networks.config.dover_first)
+    return Reading(float(getattr(scores, which)), raw.frames)
+
+
+def _inception(look: Look, mode: Mode) -> Reading:
+    """The video's own part of the score: minus the mean entropy of its frames, in nats; the rest is pooled."""
+    rows = look.networks.inception.probabilities(look.frames, batch=look.batch)
+    entropy = -(rows * np.log(np.maximum(rows, np.finfo(np.float32).tiny))).sum(-1, dtype=np.float64)
+    return Reading(-float(entropy.mean()), len(rows), rows=rows)
+
+
+def _clip_score(look: Look, mode: Mode) -> Reading:
+    text = look.networks.text(scoring_text(look.prompt, mode))
+    frames = look.clip("opencv" if mode == "compat" else "proper")
+    return Reading(formulas.clip_score(frames, text), len(frames))
+
+
+def _resized(mode: Mode) -> "Preparation":
+    return "torchvision" if mode == "compat" else "proper"
+
+
+def _clip_temp(look: Look, mode: Mode) -> Reading:
+    return Reading(formulas.clip_temp(look.clip(_resized(mode))), len(look.frames))
+
+
+def _face_consistency(look: Look, mode: Mode) -> Reading:
+    return Reading(formulas.face_consistency(look.clip(_resized(mode))), len(look.frames))
+
+
+def _sd_score(look: Look, mode: Mode) -> Reading:
+    how = "unit" if mode == "compat" else "proper"
+    images = look.networks.references.images(look.prompt.id)
+    references = look.networks.clip.frames(images, how, batch=look.batch)
+    return Reading(formulas.sd_score(look.clip(_resized(mode)), references), len(look.frames))
+
+
+def _blip_bleu(look: Look, mode: Mode) -> Reading:
+    from vc2.eval.networks.captions import caption_frames
+
+    frames = look.frames[caption_frames(len(look.frames))]
+    captions = look.networks.captioner.captions(frames, bgr=mode == "compat")
+    return Reading(formulas.blip_bleu(scoring_text(look.prompt, mode), captions, mode), len(frames))
+
+
+def _detection(look: Look, mode: Mode) -> Reading:
+    classes = detection_classes(scoring_text(look.prompt, mode), mode)
+    tracks = [look.track(name, mode) for name in classes]
+    if not tracks:
+        raise NoValue("the prompt names no class of COCO")
+    value = float(np.mean([formulas.detection_score(track.counts) for track in tracks]))
+    return Reading(value, len(tracks[0].counts), weight=len(tracks))
+
+
+def _count(look: Look, mode: Mode) -> Reading:
+    wanted = look.prompt.attributes["count"]
+    track = look.track(wanted["object"], mode)
+    return Reading(formulas.count_score(track.counts, wanted["n"]), len(track.counts))
+
+
+def _color(look: Look, mode: Mode) -> Reading:
+    wanted = look.prompt.attributes["color"]
+    track = look.track(wanted["object"], mode)
+    value = formulas.color_score(look.frames[track.frames], track.masks, wanted["color"], mode)
+    return Reading(value, len(track.counts))
+
+
+def _ocr(look: Look, mode: Mode) -> Reading:
+    lines = look.once("lines", lambda: look.networks.reader.lines(look.frames))
+    return Reading(formulas.ocr_error(look.prompt.attributes["text"], lines, mode), len(lines))
+
+
+def _celebrity(look: Look, mode: Mode) -> Reading:
+    from vc2.eval.networks.faces import photos_of
+
+    photos = photos_of(Path(look.networks.config.photos), look.prompt.attributes["celebrity"] or look.prompt.text)
+    faces = look.networks.vgg_faces if mode == "compat" else look.networks.dlib_faces
+    distances = faces.distances(look.frames, photos)
+    return Reading(formulas.celebrity_distance(distances), len(distances))
+
+
+def _action(look: Look, mode: Mode) -> Reading:
+    probabilities = look.networks.actions.probabilities(look.frames)
+    best = np.argsort(-probabilities, kind="stable")[:5]
+    target = look.networks.text(look.prompt.attributes["action"])
+    value = formulas.action_score(probabilities[best], look.networks.action_labels[best], target)
+    return Reading(value, len(look.frames))
+
+
+def _flow(look: Look, mode: Mode) -> Reading:
+    return Reading(look.flow_lengths()[mode == "fixed"], len(look.frames))
+
+
+def _motion_ac(look: Look, mode: Mode) -> Reading:
+    flow = look.flow_lengths()[mode == "fixed"]
+    return Reading(formulas.motion_ac(flow, look.prompt.attributes["amplitude"], mode), len(look.frames))
+
+
+def _warping(look: Look, mode: Mode) -> Reading:
+    return Reading(float(np.mean(look.warping_errors(mode))), len(look.frames))
+
+
+# ---- VBench ----
+
+
+def _subject(look: Look, mode: Mode) -> Reading:
+    features = look.networks.dino.features(look.frames, batch=look.batch)
+    return _over_frames(vbench.subject_consistency(features), len(features))
+
+
+def _background(look: Look, mode: Mode) -> Reading:
+    features = look.networks.clip_images.features(look.frames, batch=look.batch)
+    return _over_frames(vbench.background_consistency(features), len(features))
+
+
+def _over_frames(value: float, num_frames: int) -> Reading:
+    """VBench averages its consistencies over frames after the first: a long video counts more."""
+    return Reading(value, num_frames, weight=num_frames - 1)
+
+
+def _flickering(look: Look, mode: Mode) -> Reading:
+    return Reading(vbench.temporal_flickering(look.frames), len(look.frames))
+
+
+def _smoothness(look: Look, mode: Mode) -> Reading:
+    return Reading(vbench.motion_smoothness(look.frames, look.networks.amt.interpolate, mode=mode), len(look.frames))
+
+
+def _dynamic(look: Look, mode: Mode) -> Reading:
+    frames = look.frames[list(vbench.sampled_at_8_fps(len(look.frames), look.fps))]
+    height, width = frames.shape[1:3]
+
+    def flows() -> Iterator[np.ndarray]:
+        for first, second in look.pairs(frames):
+            yield from look.networks.flow.between(first, second, batch=look.batch)
+
+    value = vbench.dynamic_degree(flows(), num_frames=len(frames), height=height, width=width, mode=mode)
+    return Reading(value, len(frames))
+
+
+def _aesthetic(look: Look, mode: Mode) -> Reading:
+    scores = look.networks.aesthetic.scores(look.frames, batch=look.batch)
+    return Reading(vbench.aesthetic_quality(scores), len(look.frames))
+
+
+def _imaging(look: Look, mode: Mode) -> Reading:
+    return Reading(vbench.imaging_quality(look.networks.musiq.scores(look.frames, batch=look.batch)), len(look.frames))
+
+
+READINGS: Mapping[str, Callable[[Look, Mode], Reading]] = {
+    "VQA_A": lambda look, mode: _vqa(look, mode, "aesthetic"),
+    "VQA_T": lambda look, mode: _vqa(look, mode, "technical"),
+    "IS": _inception,
+    "CLIP_Temp": _clip_temp,
+    "Warping_Error": _warping,
+    "Face_Consistency": _face_consistency,
+    "Action_Score": _action,
+    "Motion_AC_Score": _motion_ac,
+    "Flow_Score": _flow,
+    "CLIP_Score": _clip_score,
+    "BLIP_BLEU": _blip_bleu,
+    "SD_Score": _sd_score,
+    "Detection_Score": _detection,
+    "Color_Score": _color,
+    "Count_Score": _count,
+    "OCR_Score": _ocr,
+    "Celebrity_ID_Score": _celebrity,
+    "subject_consistency": _subject,
+    "background_consistency": _background,
+    "temporal_flickering": _flickering,
+    "motion_smoothness": _smoothness,
+    "dynamic_degree": _dynamic,
+    "aesthetic_quality": _aesthetic,
+    "imaging_quality": _imaging,
+}
+assert READINGS.keys() == METRICS.keys()
+
+
+def read(name: str, mode: Mode, look: Look) -> Reading:
+    """One metric of a video; a reason where it has no value."""
+    try:
+        return READINGS[name](look, mode)
+    except NoValue as reason:
+        return Reading(None, len(look.frames), str(reason))
