@@ -1,5 +1,5 @@
 # Everything starts from a bare machine: each target installs what it needs into .venv first.
-.PHONY: setup demo stack stack-down run test check bench soak docs clean
+.PHONY: setup browser demo stack stack-down run test check bench soak docs clean
 
 WORK ?= work
 export VC2_WORK := $(abspath $(WORK))
@@ -7,6 +7,9 @@ PYTHON_BIN := .venv/bin/python
 
 setup:  ## make .venv with the pinned packages
 	@infra/setup.sh
+
+browser:  ## a Chromium for the tests of pages, where this user may install one
+	@infra/browser.sh
 
 demo: setup  ## the whole pipeline, small and real: ends with the path of an HTML report
 	@$(PYTHON_BIN) -m flows.stack demo
