@@ -177,7 +177,7 @@ def test_another_metric_adds_to_what_is_there_and_another_prompt_does_not_stand(
 
 
 def test_what_is_pooled_over_all_videos_comes_from_files_of_each(setting: Setting) -> None:
-    """The Inception score of a set is that of all its frames in the order of their videos; both modes have one number."""
+    """The Inception score of a set is that of all its frames in the order of their videos, in both modes."""
     config = stage(metrics=("IS",), prompts=PROMPTS[4:7])
     lines, prefix = setting.lines(config), lines_folder(config, setting.samples)
     assert {line.mode for line in lines} == {"compat"} and all(line.value is not None for line in lines)

@@ -9,10 +9,18 @@ from vc2.artifacts import Manifest, SampleSet, commit, put_file, verify
 from vc2.data.video_files import encode_mp4
 from vc2.errors import Vc2Error
 from vc2.eval.config import EvaluateStage, Prompt
-from vc2.eval.leaderboard import ASPECTS as PUBLISHED_ASPECTS
-from vc2.eval.leaderboard import RAW, RAW_COLUMNS
-from vc2.eval.metrics import METRICS, Video
-from vc2.eval.scorecard import ASPECTS, aspect_scores, partial_aspect_scores, score, summarise
+from vc2.eval.measure_rank import main
+from vc2.eval.metrics import EVALCRAFTER, METRICS, Video
+from vc2.eval.scorecard import (
+    ASPECTS,
+    aspect_scores,
+    partial_aspect_scores,
+    plain_averages,
+    score,
+    summarise,
+    warnings_of,
+)
+from vc2.progress import Progress
 from vc2.storage import LocalStore
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "evalcrafter"
@@ -25,7 +33,7 @@ def rows(name: str) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def raw_of(row: dict[str, str]) -> dict[str, float]:
-    return {name: float(row[name]) for name in METRICS}
+    return {name: float(row[name]) for name in EVALCRAFTER}
 
 
 PUBLISHED = {
@@ -72,7 +80,7 @@ def test_a_still_video_has_the_law_of_the_spec(action: float, amplitude: float) 
     assert aspect_scores(still | {"Flow_Score": 3.0})["motion_quality"] < expected
 
 
-@pytest.mark.parametrize("missing", METRICS)
+@pytest.mark.parametrize("missing", EVALCRAFTER)
 def test_a_missing_metric_withholds_what_needs_it(missing: str) -> None:
     """One missing metric costs its aspect and the total; the error names it, the other aspects stand."""
     raw = {name: value for name, value in ANY_RAW.items() if name != missing}
@@ -90,15 +98,6 @@ def test_other_columns_of_a_table_do_no_harm() -> None:
     """A row as a CSV reader gives it, with its model's name and numbers as text, scores the same."""
     row = next(iter(PUBLISHED.values()))
     assert aspect_scores(row) == aspect_scores(raw_of(row))  # type: ignore[arg-type]
-
-
-def test_the_shown_leaderboard_is_the_published_one() -> None:
-    """The rows that the report shows beside a run are those of the reference tables."""
-    for (_, row), values in zip(rows("raw_metrics_2024.csv").items(), RAW.values(), strict=True):
-        assert [float(row[name]) for name in RAW_COLUMNS] == list(values)
-    published = sorted(tuple(float(v) for v in list(r.values())[2:]) for r in rows("aspect_scores_2024.csv").values())
-    assert sorted(PUBLISHED_ASPECTS.values()) == published
-    assert set(RAW_COLUMNS) == set(METRICS)
 
 
 def test_a_summary_counts_only_what_applies() -> None:
@@ -141,7 +140,11 @@ def test_a_scorecard_holds_a_line_per_video_and_says_what_is_not_measured(tmp_pa
         prompts=(Prompt(id="a", text="dark", attributes={"level": 40}), Prompt(id="b", text="anything")), play_fps=8
     )
     real = [Video("a", 8.0, lambda: np.full((4, 16, 16, 3), 100, np.uint8))]
-    card = score(config, store, fingerprint="f", samples=samples, judge=brightness, others={"real clips": real})
+    config = config.evolve(flow="dis", mode="both").with_metrics()
+    card = score(
+        config, store, tmp_path / "work", fingerprint="f", samples=samples, judge=brightness,
+        others={"real clips": real}, launch=in_process,
+    )  # fmt: skip
     lines = [json.loads(line) for line in store.read("scores/f/videos.jsonl").splitlines()]
     assert [(line["set"], line["id"]) for line in lines] == [("samples", "a"), ("samples", "b"), ("real clips", "a")]
     assert "right" not in lines[1]["judges"]
@@ -150,10 +153,76 @@ def test_a_scorecard_holds_a_line_per_video_and_says_what_is_not_measured(tmp_pa
     assert summary["judges"]["samples"]["right"] == {"mean": 1.0, "n": 1, "is_share": True}
     assert summary["judges"]["samples"]["level"]["n"] == 2
     assert summary["judges"]["real clips"]["right"]["mean"] == 0.0
-    metrics = summary["benchmark"]["metrics"]
-    assert set(metrics) == set(METRICS)
-    assert all(result["not_measured"].startswith("weights not found: ") for result in metrics.values())
-    assert summary["benchmark"]["aspects"] == {} and set(summary["benchmark"]["withheld"]) == {*ASPECT_NAMES, "total"}
-    assert card.counts == {"videos": 2, "sets": 2, "metrics_measured": 0}
+    benchmark = summary["benchmark"]
+    assert benchmark["prompts"] == {"total": 2, "of_benchmark": 0, "whole_list": False}
+    assert benchmark["videos"] == {"expected": 2, "scored": 2, "rejected": {}}
+    assert any("0 of the benchmark's 700 prompts" in said for said in benchmark["warnings"])
+    for mode in ("compat", "fixed"):
+        said = benchmark["modes"][mode]
+        metrics = said["metrics"]
+        assert set(metrics) == set(EVALCRAFTER)
+        measured = [name for name, found in metrics.items() if "value" in found]
+        assert set(measured) == {"Warping_Error", "Flow_Score"} and metrics["Warping_Error"]["n"] == 2
+        assert metrics["Flow_Score"]["value"] == 0.0 and "DIS" in metrics["Flow_Score"]["note"]
+        assert metrics["VQA_A"]["not_measured"].startswith("weights not found: dover")
+        assert said["aspects"] == {} and set(said["withheld"]) == {*ASPECT_NAMES, "total"}
+    assert "fitted to compat" in benchmark["modes"]["fixed"]["withheld"]["total"]
+    read = [json.loads(line) for line in store.read("scores/f/metrics.jsonl").splitlines()]
+    assert [(line["id"], line["metric"], line["mode"]) for line in read] == [
+        (video, metric, mode)
+        for video in ("a", "b")
+        for metric in ("Warping_Error", "Flow_Score")
+        for mode in ("compat", "fixed")
+    ]
+    assert card.counts == {"videos": 2, "sets": 2, "metrics_measured": 2}
     assert not [*verify(store, "scores/f")]
-    assert score(config, store, fingerprint="f", samples=samples, judge=None) == card
+    assert score(config, store, tmp_path / "work", fingerprint="f", samples=samples, judge=None) == card
+
+
+def in_process(module: str, job: str, *, world_size: int, work: Path, name: str, progress: Progress) -> None:
+    main(job)
+
+
+def test_plain_averages_leave_out_what_is_no_percentage_and_turn_errors_around() -> None:
+    averages = plain_averages({"VQA_A": 40.0, "VQA_T": 60.0, "IS": 17.0, "Flow_Score": 3.0, "Warping_Error": 0.25})
+    assert averages == {"visual_quality": 50.0, "temporal_consistency": 75.0}
+    assert plain_averages({"Action_Score": 70.0, "Motion_AC_Score": 50.0})["motion_quality"] == 60.0
+    assert plain_averages({"OCR_Score": 0.0})["text_video_alignment"] == 100.0
+
+
+def whole(raw: dict[str, float]) -> dict[str, dict[str, object]]:
+    return {name: {"value": value, "note": METRICS[name].note} for name, value in raw.items()}
+
+
+def test_where_the_formula_misleads_the_reader_is_warned() -> None:
+    """A still video wins motion, a thousandth of CLIP_Temp moves the temporal aspect, no text is perfect text."""
+    raw = ANY_RAW | {"Flow_Score": 0.0, "OCR_Score": 0.0}
+    modes = {"compat": {"metrics": whole(raw), "aspects": aspect_scores(raw)}}
+    said = " ".join(warnings_of(EvaluateStage(prompts=()), modes, 700))
+    for words in ("still video", "64.88", "thousandth of CLIP_Temp", "OCR_Score is 0", "SAM 2", "RapidOCR", "SD_Score"):
+        assert words in said
+    assert "of the benchmark's 700" not in said
+
+
+def test_sensitivity_of_the_temporal_aspect_is_as_warned() -> None:
+    moved = ANY_RAW | {"CLIP_Temp": ANY_RAW["CLIP_Temp"] + 0.1}
+    change = aspect_scores(moved)["temporal_consistency"] - aspect_scores(ANY_RAW)["temporal_consistency"]
+    assert change == pytest.approx(1.46, abs=0.01)
+
+
+GOLDEN = json.loads((REFERENCE / "golden" / "final_scores.json").read_text())
+SCRIPT_NAMES = {
+    "VQA_A": "VQA_A", "VQA_T": "VQA_T", "IS": "IS", "CLIP_Temp": "clip_temp_score", "Warping_Error": "warping_error",
+    "Face_Consistency": "face_consistency_score", "Action_Score": "action_score", "Motion_AC_Score": "motion_ac_score",
+    "Flow_Score": "flow_score", "CLIP_Score": "clip_score", "BLIP_BLEU": "blip_bleu", "SD_Score": "sd_score",
+    "Detection_Score": "detection_score", "Color_Score": "color_score", "Count_Score": "count_score",
+    "OCR_Score": "ocr_score", "Celebrity_ID_Score": "celebrity_id_score",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
+def test_recorded_aspects_follow_from_recorded_averages(case: dict[str, dict[str, float]]) -> None:
+    """The scripts' own units: fractions, but for VQA (percent), IS (plain) and flow (pixels)."""
+    plain = ("VQA_A", "VQA_T", "IS", "Warping_Error", "Flow_Score")
+    raw = {name: case["raw"][theirs] * (1 if name in plain else 100) for name, theirs in SCRIPT_NAMES.items()}
+    assert aspect_scores(raw) == pytest.approx(case["expected"], abs=1e-6)

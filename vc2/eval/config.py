@@ -56,21 +56,24 @@ class SampleStage(Config):
         if self.prompts:
             return self
         file = str(path or self.prompts_file)
-        bound = self.evolve(prompts_file=file, prompts_digest=prompts_digest(self._from_file(file)))
-        if self.prompts_digest not in ("", bound.prompts_digest):
-            raise ConfigError(
-                f"{file}: prompts {bound.prompts_digest[:12]}, expected {self.prompts_digest[:12]}; was it edited?"
-            )
-        return bound
+        return self._bound(file, self._from_file(file))
+
+    def _bound(self, file: str, prompts: tuple[Prompt, ...]) -> Self:
+        return self.evolve(prompts_file=file, prompts_digest=prompts_digest(prompts))
 
     def all_prompts(self) -> tuple[Prompt, ...]:
         """The prompts, in order; a file's are checked against `prompts_digest` where that is filled in."""
-        return self.prompts[: self.num_prompts] or self.with_prompts()._from_file(self.prompts_file)
+        if self.prompts:
+            return self.prompts[: self.num_prompts]
+        return self._from_file(self.prompts_file)
 
     def _from_file(self, file: str) -> tuple[Prompt, ...]:
         if not file:
             raise ConfigError("no prompts: give `prompts` or a `prompts_file`")
-        return load_prompts(Path(file))[: self.num_prompts]
+        prompts = load_prompts(Path(file))[: self.num_prompts]
+        if self.prompts_digest not in ("", found := prompts_digest(prompts)):
+            raise ConfigError(f"{file}: prompts {found[:12]}, expected {self.prompts_digest[:12]}; was it edited?")
+        return prompts
 
 
 class EvaluateStage(SampleStage):
@@ -97,6 +100,7 @@ class EvaluateStage(SampleStage):
     unmeasured: Literal["refuse", "allow"] = knob(
         "refuse", description="refuse: a run stops before training if a metric could not be measured afterwards"
     )
+    compare: tuple[str, ...] = Field((), description="published rows to lay beside ours in the report; empty: all")
     attributes_digest: str = Field("", description="digest of what is known of a file's prompts: filled in when bound")
     given_digest: str = Field("", description="digest of references and photos: filled in when bound")
     not_measured: tuple[str, ...] = Field(
@@ -107,10 +111,8 @@ class EvaluateStage(SampleStage):
         """The part that decides the videos: two evaluations that differ in scores alone share them."""
         return SampleStage.model_validate({name: getattr(self, name) for name in SampleStage.model_fields})
 
-    def with_prompts(self, path: str | Path | None = None) -> Self:
-        """As for samples, with the digest of what is known of the prompts, which decides the scores."""
-        bound = super().with_prompts(path)
-        return bound if bound.prompts else bound.evolve(attributes_digest=attributes_digest(bound.all_prompts()))
+    def _bound(self, file: str, prompts: tuple[Prompt, ...]) -> Self:
+        return super()._bound(file, prompts).evolve(attributes_digest=attributes_digest(prompts))
 
     def with_metrics(self) -> Self:
         """A copy that names the metrics which cannot be measured here and the data that others are measured with."""

@@ -242,8 +242,8 @@ def recognised(prompts: Sequence[Prompt], place: str = "prompts") -> tuple[Promp
     )
 
 
-#: After which words an orange is a fruit and not a colour.
-_OF_FRUIT = r"(?=\s*(?:[.,;:!?]|$)|\s+(?:is|are|on|in|with)\b)"
+#: An orange is a fruit and not a colour in the plural, at the end of a clause, and before these words.
+_ORANGE = r"\borange(?:s\b|\b(?=\s*(?:[.,;:!?]|$)|\s+(?:is|are|on|in|with)\b))"
 
 
 def detection_classes(text: str, mode: Mode) -> tuple[str, ...]:
@@ -254,11 +254,10 @@ def detection_classes(text: str, mode: Mode) -> tuple[str, ...]:
     """
     if mode == "compat":
         return tuple(name for name in COCO_CLASSES if _named(name).search(text))
-    found: set[str] = set()
+    found = {"orange"} if re.search(_ORANGE, text, re.IGNORECASE) else set()
     for name in sorted(COCO_CLASSES, key=lambda name: -len(name.split())):
-        pattern = rf"\borange(?:s\b|\b{_OF_FRUIT})" if name == "orange" else _named(name).pattern
-        text, count = re.subn(pattern, " ", text, flags=re.IGNORECASE)
-        if count:
+        text, count = _named(name).subn(" ", text)
+        if count and name != "orange":
             found.add(name)
     return tuple(name for name in COCO_CLASSES if name in found)
 

@@ -53,6 +53,7 @@ __all__ = [
     "score",
     "scores_prefix",
     "summarise",
+    "warnings_of",
 ]
 
 STAGE_VERSION = 2
@@ -336,7 +337,7 @@ def _benchmark(
             **{name: manifest.facts[name] for name in ("sizes", "rates", "origin") if name in manifest.facts},
         },
         "modes": modes,
-        "warnings": list(_warnings(config, modes, of_benchmark)),
+        "warnings": list(warnings_of(config, modes, of_benchmark)),
     }
 
 
@@ -393,7 +394,7 @@ def plain_averages(raw: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _warnings(config: EvaluateStage, modes: Mapping[str, Mapping[str, Any]], of_benchmark: int) -> Iterator[str]:
+def warnings_of(config: EvaluateStage, modes: Mapping[str, Mapping[str, Any]], of_benchmark: int) -> Iterator[str]:
     """What a reader of the numbers has to know, for those numbers that are there."""
     if of_benchmark < NUM_BENCHMARK_PROMPTS:
         yield (
