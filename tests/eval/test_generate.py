@@ -15,6 +15,7 @@ from vc2.model.autoencoder import Autoencoder
 from vc2.model.config import AutoencoderConfig, SamplerConfig, ScheduleConfig, TextConfig, UNetConfig
 from vc2.model.unet import UNet3D
 from vc2.model.weights import save_unet
+from vc2.pipeline.sample import read_settings
 from vc2.progress import Progress
 from vc2.storage import LocalStore
 
@@ -137,6 +138,8 @@ def test_samples_do_not_depend_on_ranks_or_interruptions(tmp_path: Path, in_proc
     )
     assert two.counts == {"videos": 5, "groups": 3} and told[-1] == (5, 5)
     assert not [*verify(store, two.prefix)]
+    said = read_settings(Path(store.root / two.prefix / "0004.mp4"))
+    assert (said["prompt"], said["seed"]) == ("a grey circle", prompt_seed(STAGE.seed, STAGE.prompts[4]))
     frames, fps = read_video(store.read(f"{two.prefix}/0004.mp4"))
     assert frames.shape == (3, 16, 16, 3) and fps == 8
     assert generate(STAGE, store, tmp_path / "two", fingerprint="2" * 64, checkpoint=checkpoint) == two

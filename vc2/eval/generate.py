@@ -40,7 +40,7 @@ __all__ = [
     "samples_prefix",
 ]
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 class Launch(Protocol):

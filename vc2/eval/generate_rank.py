@@ -4,6 +4,7 @@ Ranks do not talk to each other: each takes its share of the pending groups, wri
 Shapes: B clips of a group, C latent channels, T frames, h x w latent pixels, H x W pixels, L text tokens of width D.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +52,41 @@ def load_generator(
     return Generator(parts.load(cache=cache).to(device))
 
 
-def _store_group(store: Store, prefix: str, config: SampleStage, group: Group, videos: np.ndarray) -> None:
+def _store_group(
+    store: Store, prefix: str, config: SampleStage, group: Group, videos: np.ndarray, checkpoint: str
+) -> None:
     """Videos first, the record last: a group exists when its record does."""
     files = tuple(
-        put_file(store, prefix, f"{prompt.id}.mp4", encode_mp4(frames, config.play_fps, crf=10))
+        put_file(
+            store,
+            prefix,
+            f"{prompt.id}.mp4",
+            encode_mp4(frames, config.play_fps, crf=10, comment=_settings(config, prompt, checkpoint)),
+        )
         for prompt, frames in zip(group.prompts, videos, strict=True)
     )
     store.write(
         record_key(prefix, group.number), GroupRecord(asked=group.asked, files=files).model_dump_json().encode()
     )
+
+
+def _settings(config: SampleStage, prompt: Prompt, checkpoint: str) -> str:
+    """What a video says of how it was made, for `vc2 show FILE`."""
+    said = {
+        "made_by": "vc2",
+        "prompt": prompt.text,
+        "id": prompt.id,
+        "seed": prompt_seed(config.seed, prompt),
+        "frames": config.frames,
+        "width": config.width,
+        "height": config.height,
+        "sampler": config.sampler.identity(),
+        "precision": config.precision,
+        "play_fps": config.play_fps,
+        "checkpoint": checkpoint,
+        "weights": config.weights,
+    }
+    return json.dumps(said)
 
 
 def main(job_path: str) -> None:
@@ -74,7 +101,7 @@ def main(job_path: str) -> None:
     total = len(job.config.all_prompts())
     for group in share:
         videos = generator.videos(job.config, group.prompts)
-        _store_group(store, prefix, job.config, group, videos)
+        _store_group(store, prefix, job.config, group, videos, job.checkpoint)
         finished = sum(1 for _ in store.list(f"{prefix}/groups/"))
         report("samples", min(total, finished * job.config.group_size), total)
 
