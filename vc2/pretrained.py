@@ -120,7 +120,7 @@ WEIGHTS: Mapping[str, Weight] = {
         Weight("vgg-face", "vgg-face/vgg_face_weights.h5", "non-commercial", "evaluate: Celebrity_ID_Score (compat)",
                url="https://github.com/serengil/deepface_models/releases/download/v1.0/vgg_face_weights.h5"),
         Weight("opencv-haar-face", "opencv/haarcascade_frontalface_default.xml", "Intel (BSD-like)",
-               "evaluate: Celebrity_ID_Score (compat)",
+               "evaluate: Celebrity_ID_Score (compat)", also=("haarcascade_eye.xml",),
                url="https://github.com/opencv/opencv/blob/4.x/data/haarcascades/haarcascade_frontalface_default.xml"),
         Weight("dlib-faces", "face_recognition_models", "CC0", "evaluate: Celebrity_ID_Score (fixed)",
                package="face_recognition_models"),

@@ -58,6 +58,22 @@ def test_nothing_is_done_twice(config: PipelineConfig, store: LocalStore) -> Non
     assert runner.ran == list(STAGES)
 
 
+def test_what_could_not_be_measured_is_not_trained_unless_allowed(config: PipelineConfig, store: LocalStore) -> None:
+    """Before any stage; not where nothing is to be trained or evaluated, and not for metrics that need no weights."""
+    runner = Runner(store)
+    strict = config.evolve(evaluation=config.evaluation.evolve(unmeasured="refuse"))
+    with pytest.raises(ConfigError, match=r"metrics could not be measured after the training \(VQA_A, .*dover"):
+        drive(strict, store, runner)
+    assert runner.ran == []
+    drive(strict, store, runner, stop_after="train/spatial")
+    assert runner.ran == list(STAGES[:-1])
+    drive(strict, store, runner)  # what is trained may be measured as far as it goes
+    assert runner.ran == list(STAGES)
+    few = strict.evolve(evaluation=strict.evaluation.evolve(metrics=("Flow_Score", "temporal_flickering")))
+    drive(few, store, runner, repeat=1)
+    assert runner.ran == [*STAGES, *STAGES]
+
+
 def test_a_lost_stage_is_made_again_and_nothing_else(config: PipelineConfig, store: LocalStore) -> None:
     runner = Runner(store)
     drive(config, store, runner)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vc2 import pretrained
+from vc2.errors import PretrainedMissing, SourceError
 from vc2.eval import formulas, vbench
 from vc2.eval.config import EvaluateStage
 from vc2.eval.formulas import Mode, NoValue
@@ -121,7 +122,7 @@ class Networks:
     def vgg_faces(self) -> Any:
         from vc2.eval.networks.faces import VggFace
 
-        return VggFace.load(self._file("vgg-face"), self._file("opencv-haar-face"), self.device)
+        return VggFace.load(self._file("vgg-face"), self._file("opencv-haar-face").parent, self.device)
 
     @cached_property
     def dlib_faces(self) -> Any:
@@ -277,8 +278,11 @@ def _face_consistency(look: Look, mode: Mode) -> Reading:
 
 def _sd_score(look: Look, mode: Mode) -> Reading:
     how = "unit" if mode == "compat" else "proper"
-    images = look.networks.references.images(look.prompt.id)
-    references = look.networks.clip.frames(images, how, batch=look.batch)
+    try:
+        images = look.networks.references.images(look.prompt.id, look.prompt.text)
+    except PretrainedMissing:
+        raise NoValue("no reference images of this prompt") from None
+    references = np.concatenate([look.networks.clip.frames(image[None], how) for image in images])
     return Reading(formulas.sd_score(look.clip(_resized(mode)), references), len(look.frames))
 
 
@@ -318,11 +322,14 @@ def _ocr(look: Look, mode: Mode) -> Reading:
 
 
 def _celebrity(look: Look, mode: Mode) -> Reading:
-    from vc2.eval.networks.faces import photos_of
+    from vc2.eval.networks.photos import photos_of
 
-    photos = photos_of(Path(look.networks.config.photos), look.prompt.attributes["celebrity"] or look.prompt.text)
+    try:
+        photos = photos_of(Path(look.networks.config.photos), look.prompt.attributes["celebrity"] or look.prompt.text)
+    except SourceError as error:
+        raise NoValue(str(error)) from None
     faces = look.networks.vgg_faces if mode == "compat" else look.networks.dlib_faces
-    distances = faces.distances(look.frames, photos)
+    distances = faces.distances(look.frames, photos).distances
     return Reading(formulas.celebrity_distance(distances), len(distances))
 
 

@@ -158,7 +158,7 @@ def why_not(metric: Metric, mode: Mode, needs: Needs) -> str:
     if missing := [
         name for name in metric.weights_in(mode, needs.flow) if name not in needs.files and not _is_at_hand(name)
     ]:
-        reasons.append(f"weights not found: {', '.join(missing)} (vc2 doctor says where to get them)")
+        reasons.append(f"weights not found: {', '.join(missing)}")
     if "references" in metric.needs and not needs.references:
         reasons.append("no reference images (evaluation.references; `vc2 references` paints them)")
     if "photos" in metric.needs and not needs.photos:

@@ -43,6 +43,7 @@ __all__ = [
     "Node",
     "PlannedStage",
     "RunStage",
+    "check_measurable",
     "drive",
     "given_artifacts",
     "next_repeat",
@@ -166,7 +167,7 @@ def drive(
     if first > last:
         raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
     stages = plan(config, store, repeat=repeat, start_at=start_at, given=given)[: last + 1]
-    _refuse_unmeasured(config, stages[first:])
+    check_measurable(config, stages[first:])
     made: dict[str, Artifact] = {}
     for number, stage in enumerate(stages):
         if stage.artifact is not None:
@@ -184,8 +185,12 @@ def drive(
     return made[STAGES[last]]
 
 
-def _refuse_unmeasured(config: PipelineConfig, stages: Sequence[PlannedStage]) -> None:
-    """Raise `ConfigError` before anything is trained whose metrics could not be measured afterwards."""
+def check_measurable(config: PipelineConfig, stages: Sequence[PlannedStage]) -> None:
+    """Refuse to train, for one of these stages, what could not be measured afterwards, unless that is allowed.
+
+    Raises:
+        ConfigError: Names the metrics, why the first cannot be measured, and what to do.
+    """
     todo = {stage.name for stage in stages if stage.artifact is None}
     missing = config.evaluation.missing()
     if config.evaluation.unmeasured == "allow" or not missing or "evaluate/evalcrafter" not in todo:
