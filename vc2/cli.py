@@ -1,7 +1,8 @@
 """The `vc2` command: the DAG, its stages and its artifacts, without Prefect.
 
-Exit code 0 only if all is well, 1 for an error that is told in one line, 2 for a command line that cannot be read, 75
-for a run that was asked to stop and left a state to resume from.
+Exit code 0 only if all is well, 1 for an error that is told in one line, 2 for a command line that cannot be read, 3
+for an evaluation that lacks metrics that were asked for, 75 for a run that was asked to stop and left a state to resume
+from.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from vc2.errors import ConfigError, Preempted, StoreError, Vc2Error
 if TYPE_CHECKING:
     from vc2.artifacts import Artifact, Manifest
     from vc2.data.config import ShardStage
+    from vc2.eval.config import EvaluateStage
     from vc2.pipeline.driver import PlannedStage
     from vc2.pipeline.recipes import PipelineConfig
     from vc2.pipeline.sample import LoadedModel
@@ -144,7 +146,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "Sample a checkpoint, score the videos, write the report.")
     evaluate.add_argument("checkpoint", nargs="?", default="", help="URI; default: what the recipe resolves to")
     evaluate.add_argument("--recipe", default="miniature")
+    _evaluate_options(evaluate)
     _common(evaluate, repeatable=True)
+
+    references = command(
+        "references", _references, "Paint the images that SD_Score compares with, by SDXL: once, and keep them."
+    )
+    references.add_argument("prompts", type=Path, metavar="PROMPTS", help="a file of prompts, as for vc2 evaluate")
+    references.add_argument(
+        "--output", "-o", type=Path, required=True, metavar="FOLDER", help="goes on where it was left"
+    )
+    references.add_argument(
+        "--sdxl", type=Path, metavar="FOLDER", help="SDXL base 1.0 (default: where doctor finds it)"
+    )
+    references.add_argument(
+        "--seed", type=int, default=0, help="of the images, drawn without one upstream (default: 0)"
+    )
+    references.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    references.add_argument("--json", action="store_true", help="print the result as JSON")
 
     sample = command(
         "sample", _sample, "Make videos from prompts; what is left out is what the model was trained with."
@@ -337,6 +356,33 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--play-fps", type=int, default=10, metavar="N", help="written into the files (default: 10)")
 
 
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_argument_group("videos that are there already, by whatever model, instead of a checkpoint")
+    given.add_argument("--videos", type=Path, metavar="FOLDER", help="a video a prompt, called <id>.mp4")
+    given.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="what they were made from: .jsonl, .txt, EvalCrafter's metadata.json",
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="of EvalCrafter or VBench (default: EvalCrafter's 17)"
+    )
+    what.add_argument(
+        "--mode", choices=["compat", "fixed", "both"], help="as published, mended, or both (default: both)"
+    )
+    what.add_argument(
+        "--compare", nargs="+", default=[], metavar="ROW",
+        help="published rows to lay beside ours, such as VideoCrafter2, 2024, table-1, table-3, all",
+    )  # fmt: skip
+    what.add_argument("--references", type=Path, metavar="FOLDER", help="images that SDXL painted, for SD_Score")
+    what.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs of persons, for Celebrity_ID_Score")
+    what.add_argument(
+        "--allow-unmeasured", action="store_true", help="exit with 0 though metrics could not be measured"
+    )
+
+
 def _progress(options: argparse.Namespace) -> "AbstractContextManager[Progress]":
     from vc2 import progress
 
@@ -465,6 +511,8 @@ def _run(options: argparse.Namespace) -> None:
     planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given)
     _say_plan(planned, options.stop_after)
     span = {"start_at": options.start_at, "stop_after": options.stop_after}
+    if not options.start_at and not options.stop_after:
+        driver.check_measurable(config, planned)  # before anything is started for the stages
     with _progress(options) as progress, driver.session(planned, **span):
 
         def run_stage(planned: "PlannedStage", inputs: "Mapping[str, Artifact]") -> "Artifact":
@@ -496,15 +544,19 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig", store: "Store", work: Path) -> None:
+    made = _made(options, name, config, store, work)
+    if os.environ.get("RANK", "0") == "0":  # of the ranks that make the same call (launcher=env) one says so
+        _say_artifact(options, store, made)
+
+
+def _made(options: argparse.Namespace, name: str, config: "PipelineConfig", store: "Store", work: Path) -> "Artifact":
     from vc2.pipeline import driver, stages
 
     repeat = _repeat(options, config, store, name, name)
     shards, checkpoint = getattr(options, "shards", []), getattr(options, "checkpoint", "")
     given = driver.given_artifacts(store, shards, checkpoint, stage=name)
     with _progress(options) as progress:
-        made = stages.run_stage(name, config, store, work, given=given, repeat=repeat, progress=progress)
-    if os.environ.get("RANK", "0") == "0":  # of the ranks that make the same call (launcher=env) one says so
-        _say_artifact(options, store, made)
+        return stages.run_stage(name, config, store, work, given=given, repeat=repeat, progress=progress)
 
 
 def _shard(options: argparse.Namespace) -> None:
@@ -714,9 +766,74 @@ def _precompute(options: argparse.Namespace) -> None:
     print(f"to train on them  {shlex.join(words)}")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    config, store, work = _opened(options, prefix="evaluation.")
-    _one_stage(options, "evaluate/evalcrafter", config, store, work)
+def _evaluate(options: argparse.Namespace) -> int:
+    """3 if what was asked for was measured but for some of it."""
+    from vc2.artifacts import Report
+    from vc2.pipeline.scores import score_lines, scores_of
+
+    asked = {
+        "metrics": options.metrics,
+        "mode": options.mode,
+        "compare": options.compare or None,
+        "references": options.references and str(options.references.absolute()),
+        "photos": options.photos and str(options.photos.absolute()),
+        "prompts_file": options.prompts and str(options.prompts.absolute()),
+        "unmeasured": "allow" if options.allow_unmeasured else None,
+    }
+    options.set += [f"evaluation.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    if options.videos is not None:
+        wanted, store, made = _evaluate_videos(options)
+    else:
+        config, store, work = _opened(options, prefix="evaluation.")
+        wanted, made = config.evaluation, _made(options, "evaluate/evalcrafter", config, store, work)
+    assert isinstance(made, Report)
+    benchmark = scores_of(store, made)
+    if options.json:
+        print(json.dumps({"report": made.model_dump(mode="json"), "benchmark": benchmark}, indent=1))
+    else:
+        print("\n".join(score_lines(benchmark, wanted.compare)))
+        _say_artifact(options, store, made)
+    return 3 if wanted.missing() and wanted.unmeasured == "refuse" else 0
+
+
+def _evaluate_videos(options: argparse.Namespace) -> "tuple[EvaluateStage, Store, Artifact]":
+    from vc2.config import merge, parse_settings
+    from vc2.eval.config import EvaluateStage
+    from vc2.eval.leaderboard import rows_named
+    from vc2.pipeline.recipes import DEFAULT_WORK
+    from vc2.pipeline.scores import evaluate_folder
+
+    if options.checkpoint:
+        raise ConfigError("both a checkpoint and --videos are given; --videos scores what is there already")
+    if options.prompts is None and not any(
+        line.removeprefix("evaluation.").startswith("prompts") for line in options.set
+    ):
+        raise ConfigError("--videos needs --prompts: what the videos were made from, with ids that are their names")
+    work = (options.work or DEFAULT_WORK).absolute()
+    lines = [f"evaluation.{line.removeprefix('evaluation.')}" for line in options.set]
+    wanted = merge(EvaluateStage(), parse_settings(lines)["evaluation"]).with_prompts().with_metrics()
+    rows_named(wanted.compare or ["all"])
+    store = _store(options, work)
+    with _progress(options) as progress:
+        made = evaluate_folder(options.videos, wanted, store, work, progress=progress, repeat=options.repeat)
+    return wanted, store, made
+
+
+def _references(options: argparse.Namespace) -> None:
+    from vc2.eval.prompts import load_prompts
+    from vc2.pipeline.scores import paint_references
+    from vc2.progress import rich_progress
+
+    prompts = load_prompts(options.prompts)
+    with rich_progress() as progress:
+        made = paint_references(
+            prompts, options.output, sdxl=options.sdxl, seed=options.seed, device=options.device, progress=progress
+        )
+    if options.json:
+        print(json.dumps(made, indent=1))
+    else:
+        print(f"{made['images']} images of {made['prompts']} prompts in {options.output}, digest {made['digest'][:16]}")
+        print(f"to score with them  vc2 evaluate ... --references {shlex.quote(str(options.output))}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -990,7 +1107,8 @@ def _doctor(options: argparse.Namespace) -> int:
     well = store.startswith("can") and "missing" not in packages.values() and not damaged
     if options.json:
         told = {weight.name: asdict(weight) for weight in weights}
-        report = {"machine": machine, "packages": packages, "weights": told, "store": {uri: store}, "well": well}
+        report = {"machine": machine, "packages": packages, "weights": told, "metrics": _measurable(),
+                  "store": {uri: store}, "well": well}  # fmt: skip
         print(json.dumps(report, indent=1))
         return int(not well)
     print("machine")
@@ -1008,8 +1126,26 @@ def _doctor(options: argparse.Namespace) -> int:
         for line in (weight.found, weight.problem if weight.found else "", weight.remedy):
             if line:
                 print(f"  {'':31} {line}")
+    print("metrics that an evaluation could measure here")
+    for name, why in _measurable().items():
+        print(f"  {name:22} {why or 'yes'}")
     print(f"store {uri}\n  {store}")
     return int(not well)
+
+
+def _measurable() -> dict[str, str]:
+    """Why each metric could not be measured; empty if it could."""
+    from vc2.eval.config import EvaluateStage
+    from vc2.eval.metrics import METRICS, MODES, modes_of
+
+    missing = EvaluateStage(metrics=tuple(METRICS)).missing()
+    told = {}
+    for name, metric in METRICS.items():
+        modes = {mode: missing.get(f"{name}/{mode}", "") for mode in modes_of(metric, MODES)}
+        reasons = list(dict.fromkeys(modes.values()))
+        words = "; ".join(f"{mode}: {why or 'yes'}" for mode, why in modes.items())
+        told[name] = reasons[0] if len(reasons) == 1 else words
+    return told
 
 
 def _packages() -> dict[str, str]:

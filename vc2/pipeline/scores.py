@@ -1,0 +1,170 @@
+"""Scores of any folder of videos, and what a scorecard says in a few lines of text."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vc2.artifacts import Report, find, fingerprint, load_manifest
+from vc2.eval.config import EvaluateStage
+from vc2.eval.leaderboard import ASPECT_LABELS, Column, Line, comparison
+from vc2.eval.metrics import ASPECT_NAMES, METRICS, Metric
+from vc2.eval.prompts import Prompt
+from vc2.pipeline.driver import REPORT_VERSION
+from vc2.progress import Progress, silent
+from vc2.storage import Store
+
+__all__ = ["evaluate_folder", "paint_references", "score_lines", "scores_of"]
+
+STAGE = "evaluate/folder"
+
+
+def evaluate_folder(
+    folder: Path,
+    wanted: EvaluateStage,
+    store: Store,
+    work: Path,
+    *,
+    progress: Progress = silent,
+    repeat: int = 0,
+) -> Report:
+    """Score the videos of a folder, whoever made them, and write the report. Safe to repeat.
+
+    Args:
+        folder: A video a prompt, called by the prompt's id (`vc2.eval.folder`).
+        wanted: What to measure; its prompts are what the videos were made from.
+        store, work: Where artifacts are kept; a scratch folder.
+        progress: Told as videos are probed and measured.
+        repeat: Raise it to write the report once more.
+    """
+    from vc2.eval.folder import import_folder
+    from vc2.eval.report import publish
+    from vc2.eval.scorecard import STAGE_VERSION, score
+    from vc2.pipeline.gather import gather_videos
+
+    started = time.monotonic()
+    wanted = wanted.with_prompts().with_metrics()
+    samples = import_folder(folder, wanted.all_prompts(), store, progress=progress)
+    inputs = {"samples": samples.content_digest}
+    reported = fingerprint(STAGE, REPORT_VERSION, wanted, inputs, repeat)
+    if done := find(store, f"reports/{reported}", Report):
+        return done
+    name = fingerprint("score", STAGE_VERSION, wanted, inputs, repeat)
+    card = score(wanted, store, work, fingerprint=name, samples=samples, progress=progress, repeat=repeat)
+    data = gather_videos(store, samples, card, compare=wanted.compare, progress=progress)
+    return publish(
+        store,
+        data,
+        fingerprint=reported,
+        stage=STAGE,
+        stage_version=REPORT_VERSION,
+        inputs={"samples": samples, "scores": card},
+        config=wanted.model_dump(mode="json"),
+        repeat=repeat,
+        seconds=time.monotonic() - started,
+    )
+
+
+def paint_references(
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    sdxl: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Paint the images that SD_Score compares with into a folder. Safe to repeat: what is painted stays.
+
+    Returns:
+        How many prompts and images there are, and the digest that says which.
+    """
+    import torch
+
+    from vc2 import pretrained
+    from vc2.eval.networks.references import ReferencePainter, make_references
+
+    path = pretrained.resolve("sdxl-base", path=sdxl)
+    painter = ReferencePainter.load(path if path.is_dir() else path.parent, torch.device(device))
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    made = make_references(
+        painter, texts, folder, seed=seed, progress=lambda done, total: progress("references", done, total)
+    )
+    return {"prompts": len(made.files), "images": sum(map(len, made.files.values())), "digest": made.digest}
+
+
+def scores_of(store: Store, report: Report) -> dict[str, Any]:
+    """What the scorecard behind a report says of the benchmark."""
+    card = load_manifest(store, load_manifest(store, report.prefix).inputs["scores"].prefix)
+    return json.loads(store.read(card.file("summary.json").key))["benchmark"]
+
+
+def score_lines(benchmark: Mapping[str, Any], compare: tuple[str, ...] = ()) -> Iterator[str]:
+    """A scorecard for a terminal: metrics by aspect in both modes, aspects, rows to compare with, what to beware of."""
+    modes: Mapping[str, Any] = benchmark.get("modes", {})
+    if not modes:
+        return
+    videos = benchmark["videos"]
+    yield f"{videos['scored']} of {videos['expected']} videos scored"
+    for name, why in list(videos["rejected"].items())[:8]:
+        yield f"  {name}: {why}"
+    if len(videos["rejected"]) > 8:
+        yield f"  and {len(videos['rejected']) - 8} more"
+    yield f"{'metric':24} " + " ".join(f"{mode:>10}" for mode in modes) + "       n"
+    asked = next(iter(modes.values()))["metrics"]
+    absent: dict[str, list[str]] = {}
+    for name, metric in METRICS.items():
+        if name not in asked:
+            continue
+        found = [modes[mode]["metrics"][name] for mode in modes]
+        reasons = {mode: said.get("not_measured") for mode, said in zip(modes, found, strict=True)}
+        for mode, reason in reasons.items():
+            if reason and len(set(reasons.values())) > 1:
+                absent.setdefault(reason, []).append(f"{name} ({mode})")
+            elif reason and name not in absent.setdefault(reason, []):
+                absent[reason].append(name)
+        if any("value" in said for said in found):
+            values = " ".join(f"{_number(metric, said):>10}" for said in found)
+            count = max(said.get("n", 0) for said in found)
+            arrow = {"up": "higher is better", "down": "lower is better", "neutral": ""}[metric.direction]
+            yield f"{name:24} {values} {count:7}  {arrow}"
+    for name in (*ASPECT_NAMES, "total"):
+        shown = [f"{said['aspects'][name]:.2f}" if name in said["aspects"] else "-" for said in modes.values()]
+        plain = next(iter(modes.values()))["averages"].get(name)
+        beside = f"  plain average {plain:.2f}" if plain is not None else ""
+        yield f"{ASPECT_LABELS[name]:24} {' '.join(f'{value:>10}' for value in shown)}        {beside}".rstrip()
+    for reason, names in absent.items():
+        yield f"not measured: {', '.join(names)}: {reason}"
+    if any(reason.startswith("weights not found") for reason in absent):
+        yield "`vc2 doctor` says where weights are to be had"
+    withheld = next(iter(modes.values()))["withheld"]
+    yield from (f"not given: {ASPECT_LABELS[name]}: {why}" for name, why in withheld.items())
+    yield from (f"note: {said}" for said in benchmark.get("warnings", ()))
+    if compare:
+        yield from _compared(benchmark, compare)
+
+
+def _compared(benchmark: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
+    for table in comparison(benchmark, names):
+        yield ""
+        yield table.title
+        width = max(len(line.name) for line in table.lines)
+        labels = [column.label for column in table.columns]
+        yield f"{'':{width}}  " + "  ".join(labels)
+        for line in table.lines:
+            cells = (f"{_cell(line, column):>{len(column.label)}}" for column in table.columns)
+            note = "" if line.is_comparable or line.is_ours else "  not comparable"
+            yield f"{line.name:{width}}  " + "  ".join(cells) + note
+        yield from (f"  {note}" for note in table.notes)
+
+
+def _cell(line: Line, column: Column) -> str:
+    value = line.values.get(column.name)
+    return "-" if value is None else f"{value:.{column.digits}f}"
+
+
+def _number(metric: Metric, said: Mapping[str, Any]) -> str:
+    if "value" not in said:
+        return "-"
+    return f"{said['value']:.4f}" if metric.name == "Warping_Error" else f"{said['value']:.2f}"
