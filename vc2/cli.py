@@ -165,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     references.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     references.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    _study_commands(commands)
+
     sample = command(
         "sample", _sample, "Make videos from prompts; what is left out is what the model was trained with."
     )
@@ -381,6 +383,62 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--allow-unmeasured", action="store_true", help="exit with 0 though metrics could not be measured"
     )
+
+
+def _study_commands(commands: Any) -> None:
+    text = "Ask people which of two models' videos they prefer, blind, in any browser; and say what they answered."
+    parts = commands.add_parser("study", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+
+    def part(name: str, act: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        added = parts.add_parser(name, help=text, description=text)
+        added.set_defaults(act=act)
+        return added
+
+    build = part("build", _study_build, "Make a folder with a page to hand out. It needs neither server nor network.")
+    build.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="videos of a model, called <id>.mp4")
+    build.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help="to hand out")
+    build.add_argument("--prompts", type=Path, metavar="FILE", help="what the videos show (default: their names)")
+    build.add_argument(
+        "--questions", nargs="+", default=[], metavar="Q", help="visual_quality, motion_quality, text_video_alignment, "
+        "or id=Question?|what to look at (default: these three)",
+    )  # fmt: skip
+    build.add_argument(
+        "--pairs", nargs="+", default=[], metavar="A:B", help="or `first` against each other one (default: all pairs)"
+    )
+    build.add_argument("--seed", type=int, help="of order and sides (default: 0)")
+    build.add_argument("--max-prompts", type=_positive, metavar="N", help="so many, drawn by the seed (default: all)")
+    build.add_argument("--trials-per-rater", type=_positive, metavar="N", help="that one rater sees (default: all)")
+    build.add_argument("--repeats", type=float, metavar="SHARE", help="shown again for self-agreement (default: 0.1)")
+    build.add_argument("--attention", type=int, metavar="N", help="trials with the same video twice (default: 0)")
+    build.add_argument("--min-seconds", type=float, metavar="S", help="of looking before an answer (default: 2)")
+    build.add_argument("--min-plays", type=int, metavar="N", help="of both videos before an answer (default: 1)")
+    build.add_argument("--no-captions", action="store_true", help="do not show the prompts")
+    build.add_argument("--title", help="of the page")
+    build.add_argument("--key", type=Path, metavar="FILE", help="which video is whose (default: <output>-key.json)")
+    build.add_argument("--force", action="store_true", help="replace another study")
+    build.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    analyse = part("analyse", _study_analyse, "What the raters answered, with intervals, tests and the paper's tables.")
+    analyse.add_argument("key", type=Path, help="the file that `vc2 study build` kept back")
+    analyse.add_argument("answers", nargs="+", type=Path, help="files that raters sent, or folders of them")
+    analyse.add_argument("--ours", metavar="NAME", help="the model that others are compared with, as in Table 2")
+    analyse.add_argument("--published", choices=["table2", "table4"], help="print the paper's figures beside ours")
+    analyse.add_argument("--resamples", type=_positive, default=10_000, help="of the bootstrap (default: 10000)")
+    analyse.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    analyse.add_argument("--min-seconds", type=float, help="reject faster answers (default: as the study asked)")
+    analyse.add_argument("--min-attention", type=float, metavar="SHARE", help="of attention trials that must be right")
+    analyse.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    plan = part("plan", _study_plan, "How many prompts and raters an interval or a test needs.")
+    want = plan.add_mutually_exclusive_group(required=True)
+    want.add_argument("--width", type=float, metavar="POINTS", help="half of the 95 %% interval, such as 5")
+    want.add_argument("--rate", type=float, metavar="SHARE", help="win rate to be told from one half, such as 0.6")
+    plan.add_argument("--power", type=float, default=0.8, help="with --rate (default: 0.8)")
+    plan.add_argument("--prompts", type=_positive, help="that there are")
+    plan.add_argument("--raters", type=_positive, help="that there are")
+    plan.add_argument("--ties", type=float, default=0.2, help="share of answers `comparable` (default: 0.2)")
+    plan.add_argument("--correlation", type=float, default=0.3, help="of answers to one prompt (default: 0.3)")
+    plan.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _progress(options: argparse.Namespace) -> "AbstractContextManager[Progress]":
@@ -817,6 +875,88 @@ def _evaluate_videos(options: argparse.Namespace) -> "tuple[EvaluateStage, Store
     with _progress(options) as progress:
         made = evaluate_folder(options.videos, wanted, store, work, progress=progress, repeat=options.repeat)
     return wanted, store, made
+
+
+def _study_build(options: argparse.Namespace) -> None:
+    from vc2.config import merge
+    from vc2.eval.study.build import build
+    from vc2.eval.study.config import StudyConfig, parse_folders, parse_pairs, parse_questions
+    from vc2.progress import rich_progress
+
+    asked = {
+        name: getattr(options, name)
+        for name in (
+            "title",
+            "max_prompts",
+            "trials_per_rater",
+            "repeats",
+            "attention",
+            "min_seconds",
+            "min_plays",
+            "seed",
+        )
+    }
+    asked |= {"questions": parse_questions(options.questions), "pairs": parse_pairs(options.pairs)}
+    asked |= {"captions": not options.no_captions}
+    config = merge(StudyConfig(), {name: value for name, value in asked.items() if value is not None})
+    with rich_progress() as progress:
+        made = build(
+            parse_folders(options.folders),
+            options.output,
+            config,
+            prompts=options.prompts,
+            key=options.key,
+            force=options.force,
+            progress=progress,
+        )
+    if options.json:
+        print(json.dumps(made.as_dict(), indent=1))
+        return
+    print(f"{made.folder}/index.html")
+    print(
+        f"{made.prompts} prompts, {', '.join(made.models)}: {made.trials} trials a rater, about {made.minutes:.0f} min"
+    )
+    for left in made.left_out[:10]:
+        _note(f"left out {left.prompt} of {left.model}: {left.reason}")
+    if len(made.left_out) > 10:
+        _note(f"and {len(made.left_out) - 10} more")
+    for warning in made.warnings:
+        _note(warning)
+    print(f"hand out the folder and keep {made.key}, which says whose videos they are; then")
+    print(f"  {shlex.join(['vc2', 'study', 'analyse', str(made.key), 'ANSWERS...'])}")
+
+
+def _study_analyse(options: argparse.Namespace) -> None:
+    from vc2.eval.leaderboard import read_table
+    from vc2.eval.study.analyse import analyse
+    from vc2.eval.study.tables import render_markdown
+
+    result = analyse(
+        options.key,
+        options.answers,
+        resamples=options.resamples,
+        seed=options.seed,
+        min_seconds=options.min_seconds,
+        min_attention=options.min_attention,
+    )
+    published = read_table(f"videocrafter2_paper_{options.published}") if options.published else ()
+    text = render_markdown(result, ours=options.ours, published=published)
+    print(json.dumps(result.as_dict(), indent=1) if options.json else text.rstrip())
+
+
+def _study_plan(options: argparse.Namespace) -> None:
+    from vc2.eval.study.planner import plan_raters
+
+    plan = plan_raters(
+        width=None if options.width is None else options.width / 100,
+        rate=options.rate,
+        power=options.power,
+        prompts=options.prompts,
+        raters=options.raters,
+        ties=options.ties,
+        correlation=options.correlation,
+    )
+    print(json.dumps(plan.as_dict(), indent=1) if options.json else plan.sentence())
 
 
 def _references(options: argparse.Namespace) -> None:
