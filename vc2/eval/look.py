@@ -59,6 +59,11 @@ class Networks:
         given = self.config.files.get(name)
         return pretrained.resolve(name, path=Path(given) if given else None, cache=self.cache)
 
+    def _folder(self, name: str) -> Path:
+        """The folder of weights of several files; where one is given by path, itself or a file in it."""
+        found = self._file(name)
+        return found if found.is_dir() else found.parent
+
     @cached_property
     def clip(self) -> "Clip":
         from vc2.eval.networks.clip import Clip
@@ -93,13 +98,13 @@ class Networks:
     def captioner(self) -> Any:
         from vc2.eval.networks.captions import Captioner
 
-        return Captioner.load(self._file("blip2-opt-2.7b").parent, self.device)
+        return Captioner.load(self._folder("blip2-opt-2.7b"), self.device)
 
     @cached_property
     def tracker(self) -> Any:
         from vc2.eval.networks.detector import ObjectTracker
 
-        return ObjectTracker.load(self._file("grounding-dino-tiny").parent, self._file("sam2").parent, self.device)
+        return ObjectTracker.load(self._folder("grounding-dino-tiny"), self._folder("sam2"), self.device)
 
     @cached_property
     def reader(self) -> Any:
@@ -111,7 +116,7 @@ class Networks:
     def actions(self) -> Any:
         from vc2.eval.networks.action import ActionRecogniser
 
-        return ActionRecogniser.load(self._file("videomae-k400").parent, self.device)
+        return ActionRecogniser.load(self._file("videomae-k400"), self.device)
 
     @cached_property
     def action_labels(self) -> np.ndarray:
@@ -122,7 +127,7 @@ class Networks:
     def vgg_faces(self) -> Any:
         from vc2.eval.networks.faces import VggFace
 
-        return VggFace.load(self._file("vgg-face"), self._file("opencv-haar-face").parent, self.device)
+        return VggFace.load(self._file("vgg-face"), self._folder("opencv-haar-face"), self.device)
 
     @cached_property
     def dlib_faces(self) -> Any:
@@ -233,7 +238,7 @@ class Look:
 
     def track(self, phrase: str, mode: Mode) -> Any:
         """Where instances of a phrase are in the frames looked at."""
-        return self.once(("track", phrase, mode), lambda: self.networks.tracker.track(self.frames, phrase, mode=mode))
+        return self.once(("track", phrase, mode), lambda: self.networks.tracker.track(self.frames, phrase, mode))
 
 
 def _mean_of_parts(parts: "list[tuple[int, float]]") -> float:
