@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vc2.errors import PretrainedMissing, WeightsError
-from vc2.pretrained import MIRROR_MANIFEST, WEIGHTS, is_available, mirror, resolve, status
+from vc2.pretrained import MIRROR_MANIFEST, WEIGHTS, identity, is_available, mirror, resolve, status
 from vc2.storage import open_store
 
 NAME = "openclip-vit-h-14"
@@ -103,8 +103,8 @@ def files(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.s3)])
 def test_a_mirror_is_made_verified_and_found_again(kind, files, tmp_path, request, monkeypatch):
     place = str(tmp_path / "mirror") if kind == "folder" else request.getfixturevalue("s3_uri")
-    first = {step.name: step.outcome for step in mirror(place, (NAME, "dover", "sam2"), source=files)}
-    assert first == {NAME: "copied", "dover": "copied", "sam2": "missing"}
+    first = {step.name: step.outcome for step in mirror(place, (NAME, "dover", "amt-s"), source=files)}
+    assert first == {NAME: "copied", "dover": "copied", "amt-s": "missing"}
     again = [step.outcome for step in mirror(place, (NAME, "dover"), source=files, verify=True)]
     assert again == ["there already"] * 2
 
@@ -156,7 +156,7 @@ def test_what_the_hub_does_not_have_is_missing_only_where_it_was_asked_for(files
 def test_a_name_that_several_weights_share_is_not_guessed(tmp_path):
     """`model.safetensors` alone does not say whose it is."""
     (tmp_path / "model.safetensors").write_bytes(b"whose?")
-    (step,) = mirror(str(tmp_path / "mirror"), ("sam2",), source=tmp_path)
+    (step,) = mirror(str(tmp_path / "mirror"), ("clip-vit-b-32",), source=tmp_path)
     assert step.outcome == "missing"
 
 
@@ -175,3 +175,46 @@ def test_what_can_be_no_weights_is_not_mirrored(tmp_path):
         (step,) = mirror(str(tmp_path / "mirror"), ("dover",), source=tmp_path / "from")
         assert step.outcome == "wrong" and words in step.words
         assert not list((tmp_path / "mirror").rglob("*.pth"))
+
+
+def sam2_in(folder: Path) -> Path:
+    for name in ("config.json", "model.safetensors"):
+        (folder / "sam2").mkdir(parents=True, exist_ok=True)
+        (folder / "sam2" / name).write_bytes(f"{name} of sam2".encode())
+    return folder
+
+
+def test_weights_of_several_files_are_found_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Resolved is the first of them, the others lie beside it; without one of them the weight is missing, by name."""
+    monkeypatch.setenv("VC2_MIRROR", str(sam2_in(tmp_path / "mirror")))
+    assert is_available("sam2") and resolve("sam2", cache=tmp_path / "cache") == tmp_path / "mirror/sam2/config.json"
+    whole = identity("sam2", cache=tmp_path / "cache")
+    (tmp_path / "mirror" / "sam2" / "model.safetensors").unlink()
+    assert not is_available("sam2")
+    with pytest.raises(PretrainedMissing, match=r"sam2/model\.safetensors"):
+        resolve("sam2", cache=tmp_path / "cache")
+    told = status("sam2", cache=tmp_path / "cache")
+    assert told.problem == "missing: model.safetensors" and told.remedy.endswith("--only sam2")
+    given = sam2_in(tmp_path / "given") / "sam2"
+    assert identity("sam2", path=given) == identity("sam2", path=given / "config.json") == whole
+    (given / "model.safetensors").write_bytes(b"others")
+    assert identity("sam2", path=given) != whole
+
+
+def test_weights_of_several_files_are_mirrored_file_by_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("VC2_MIRROR", raising=False)
+    source = sam2_in(tmp_path / "downloads")
+    steps = {step.name: step.outcome for step in mirror(str(tmp_path / "mirror"), ("sam2",), source=source)}
+    assert steps == {"sam2": "copied", "sam2/model.safetensors": "copied"}
+    monkeypatch.setenv("VC2_MIRROR", str(tmp_path / "mirror"))
+    assert resolve("sam2", cache=tmp_path / "cache").parent == tmp_path / "mirror" / "sam2"
+    (tmp_path / "mirror" / "sam2" / "model.safetensors").write_bytes(b"changed")
+    with pytest.raises(WeightsError, match="its mirror says"):
+        resolve("sam2", cache=tmp_path / "cache")
+
+
+def test_a_package_brings_its_weights_and_is_never_mirrored(tmp_path):
+    """What is installed is at hand and has a version for a digest; what is not says what to install."""
+    assert is_available("rapidocr") and identity("rapidocr").startswith("rapidocr ")
+    assert status("rapidocr").digest == "ok"
+    assert not any("rapidocr" in step.name for step in mirror(str(tmp_path / "mirror"), source=tmp_path))
