@@ -1,14 +1,16 @@
-"""A report with everything in it, as a run of the small recipe would fill it in."""
+"""Two made-up reports: one with everything in it, as a run of the small recipe would fill it in, and one about a
+folder of videos that were only scored."""
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vc2.data.video_files import encode_mp4
-from vc2.eval.metrics import METRICS
+from vc2.eval.metrics import EVALCRAFTER, METRICS
 from vc2.eval.report import (
     BeforeAfter,
     Judged,
@@ -144,9 +146,7 @@ def fake_report(num_rows: int = 8) -> ReportData:
         LineageNode("scores", "scorecard", "18" * 32, "78" * 32, ("samples",), "3 sets judged"),
     ]
     stills = [_still(i) for i in range(16)]
-    metrics = {
-        name: {"not_measured": f"weights not found: {', '.join(metric.weights)}"} for name, metric in METRICS.items()
-    }
+    metrics = {name: {"not_measured": f"weights not found: {', '.join(METRICS[name].weights)}"} for name in EVALCRAFTER}
     return ReportData(
         trained_minutes=5.8,
         hardware="2 cores of some processor",
@@ -176,6 +176,113 @@ def fake_report(num_rows: int = 8) -> ReportData:
         created_at="2026-01-01T12:00:00+00:00",
         fingerprint="29" * 32,
     )  # fmt: skip
+
+
+TAGS = (
+    {"count": "3 circle", "detection": "dog"},
+    {"color": "red circle"},
+    {},
+    {"text": "STOP", "detection": "dog, stop sign"},
+    {"amplitude": "large"},
+    {"celebrity": "somebody"},
+)
+LOOKS_AT = {"Count_Score": "count", "Color_Score": "color", "OCR_Score": "text", "Motion_AC_Score": "amplitude"}
+NOT_MEASURED = ("IS", "Celebrity_ID_Score", "Action_Score")
+TOO_SHORT = "needs two frames; has 1"
+
+
+def scored_row(index: int, caption: str, video: bytes | None) -> SampleRow:
+    """A video with values in both modes; each ninth is too short for what looks at pairs of frames."""
+    rng = generator(11, "values", index)
+    tags = TAGS[index % len(TAGS)]
+    values: dict[str, dict[str, float]] = {"compat": {}, "fixed": {}}
+    reasons: dict[str, dict[str, str]] = {"compat": {}, "fixed": {}}
+    for name in EVALCRAFTER:
+        if name in NOT_MEASURED or LOOKS_AT.get(name, next(iter(tags), "")) not in ("", *tags):
+            continue
+        for mode, shift in (("compat", 0.0), ("fixed", 0.1)):
+            if index % 9 == 8 and name in ("CLIP_Temp", "Flow_Score", "Warping_Error"):
+                reasons[mode][name] = TOO_SHORT
+            elif name == "Flow_Score":
+                values[mode][name] = float(rng.gamma(2, 1.5))
+            elif name == "Motion_AC_Score":
+                values[mode][name] = float(rng.integers(2))
+            elif name in ("CLIP_Temp", "Face_Consistency"):
+                values[mode][name] = float(1 - rng.gamma(2, 0.001))
+            elif name == "Warping_Error":
+                values[mode][name] = float(rng.gamma(2, 0.004))
+            else:
+                values[mode][name] = float(np.clip(rng.normal(0.5 + shift, 0.12), 0, 1))
+    missing = "" if video is not None else "not scored: truncated"
+    return SampleRow(caption, video, id=f"{index:04d}", tags=tags, values=values, reasons=reasons, missing=missing)
+
+
+def scored_benchmark(rows: list[SampleRow]) -> dict[str, Any]:
+    """What a scorecard's summary says of the rows."""
+    modes = {}
+    for mode in ("compat", "fixed"):
+        metrics: dict[str, Any] = {}
+        for name in EVALCRAFTER:
+            found = [row.values[mode][name] for row in rows if name in row.values[mode]]
+            lost = sum(name in row.reasons[mode] for row in rows)
+            if not found:
+                metrics[name] = {"not_measured": f"weights not found: {', '.join(METRICS[name].weights)}"}
+                continue
+            metrics[name] = {
+                "value": METRICS[name].scale * sum(found) / len(found),
+                "n": len(found),
+                "without_value": {TOO_SHORT: lost} if lost else {},
+                "weights": dict.fromkeys(METRICS[name].weights, "ab" * 32),
+                "note": "RapidOCR in place of PaddleOCR" if name == "OCR_Score" else "",
+            }
+        raw = {name: result["value"] for name, result in metrics.items() if "value" in result}
+        aspects, withheld = partial_aspect_scores(raw)
+        if mode == "fixed":
+            aspects, withheld = (
+                {},
+                dict.fromkeys((*aspects, *withheld), "the coefficients were fitted to compat values"),
+            )
+        modes[mode] = {"metrics": metrics, "aspects": aspects, "withheld": withheld}
+        modes[mode]["averages"] = {"temporal_consistency": 99.1, "text_video_alignment": 48.2}
+    rejected = {row.id: "truncated" for row in rows if row.sample is None}
+    return {
+        "name": "evalcrafter",
+        "prompts": {"total": len(rows), "of_benchmark": 0, "whole_list": False},
+        "videos": {"expected": len(rows), "scored": len(rows) - len(rejected), "rejected": rejected},
+        "settings": {"seed": 123, "dover": {"order": "as published"}},
+        "modes": modes,
+        "warnings": ["A still video has the best motion score there is: read it beside the metrics it is made of."],
+    }
+
+
+def fake_scores(num_rows: int = 20) -> ReportData:
+    """A whole report about videos that were made elsewhere; the last of them is damaged."""
+    clips = [_clip(index) for index in range(min(num_rows, 12))]
+    rows = []
+    for index in range(num_rows):
+        caption, video, _ = clips[index % len(clips)]
+        rows.append(scored_row(index, f"{caption}, number {index}", None if index == num_rows - 1 else video))
+    return ReportData(
+        title="vc2: videos and their scores",
+        about="a folder",
+        hardware="2 cores of some processor",
+        rows=rows,
+        size=(80, 48),
+        benchmark=scored_benchmark(rows),
+        lineage=[
+            LineageNode("samples", "sample_set", "f6" * 32, "5a" * 32, (), f"{num_rows} videos"),
+            LineageNode("score", "scorecard", "18" * 32, "78" * 32, ("samples",), "both modes"),
+        ],
+        config={"samples": {"play_fps": 8}},
+        environment={"python": "3.11.7"},
+        created_at="2026-01-01T12:00:00+00:00",
+        fingerprint="29" * 32,
+    )
+
+
+@pytest.fixture(scope="session")
+def scored_data() -> ReportData:
+    return fake_scores()
 
 
 @pytest.fixture(scope="session")

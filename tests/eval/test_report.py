@@ -6,9 +6,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from vc2.artifacts import verify
-from vc2.eval.leaderboard import ASPECTS
-from vc2.eval.metrics import METRICS
+from vc2.eval.leaderboard import rows_named
+from vc2.eval.metrics import EVALCRAFTER
 from vc2.eval.report import (
     LineageNode,
     ReportData,
@@ -94,6 +96,20 @@ def test_it_asks_nobody_for_anything(report_data: ReportData) -> None:
     assert not re.search(r"\b(fetch|XMLHttpRequest|import|eval)\s*\(", script)
 
 
+def _hostile_row(words: str, number: int) -> SampleRow:
+    return SampleRow(
+        words,
+        b"1" if number else None,
+        b"2",
+        note=words,
+        id=words,
+        tags={"text": words, "detection": words},
+        values={"compat": {"VQA_A": 0.5}},
+        reasons={"compat": {"IS": words}},
+        missing=words,
+    )
+
+
 def test_hostile_text_stays_text(report_data: ReportData) -> None:
     """A caption may hold any characters: it adds no element and no attribute to the page."""
     plain = "x"
@@ -103,12 +119,29 @@ def test_hostile_text_stays_text(report_data: ReportData) -> None:
             report_data,
             title=words,
             hardware=words,
-            rows=[SampleRow(words, b"1", b"2", note=words)],
+            about=words,
+            notes=[words],
+            rows=[_hostile_row(words, number) for number in range(7)],
             shards=[ShardSheet(words, 3, 1, {words: 2}, items=[SheetItem(words, [b"3"])])],
             lineage=[LineageNode(words, words, words, note=words)],
             config={words: words},
             environment={words: words},
-            benchmark={"metrics": {"IS": {"not_measured": words}}, "withheld": {"total": words}},
+            benchmark={
+                "name": words,
+                "modes": {
+                    "compat": {
+                        "metrics": {
+                            "IS": {"not_measured": words},
+                            "VQA_A": {"value": 1.0, "n": 2, "note": words, "weights": {words: words}},
+                        },
+                        "withheld": {"total": words},
+                    }
+                },
+                "videos": {"expected": words, "scored": words, "rejected": {words: words}},
+                "prompts": {"whole_list": False, "of_benchmark": words},
+                "settings": {words: {words: words}},
+                "warnings": [words],
+            },
             curves=[dataclasses.replace(report_data.curves[0], stage=words, note=words)],
         )
         pages.append(Page(render_html(data)))
@@ -122,12 +155,59 @@ def test_hostile_text_stays_text(report_data: ReportData) -> None:
 
 
 def test_what_was_not_measured_stands_there_by_name(report_data: ReportData) -> None:
-    """All 17 metrics are named with the reason why; no aspect is given; published rows stand beside."""
+    """All 17 metrics are named with the reason why; no score is given; published rows stand beside."""
     html = render_html(report_data)
-    assert html.count("not measured: weights not found: ") == len(METRICS)
-    assert all(f">{name}<" in html for name in METRICS)
-    assert html.count(">not given</td>") == 5
-    assert all(model in html for model in ASPECTS)
+    assert html.count("not measured: weights not found: ") == len(EVALCRAFTER)
+    assert all(f">{name}<" in html for name in EVALCRAFTER)
+    assert html.count(">not given</td>") >= 5
+    assert all(row.name in html for row in rows_named(["2024"]))
+
+
+def test_both_modes_stand_side_by_side_and_only_compat_beside_published_rows(scored_data: ReportData) -> None:
+    """Each metric has a cell for each mode; our row below the published ones holds the numbers of compat."""
+    html = render_html(scored_data)
+    compat, fixed = (scored_data.benchmark["modes"][mode]["metrics"]["VQA_A"]["value"] for mode in ("compat", "fixed"))
+    row = html.partition('<th scope="row">VQA_A')[2].partition("</tr>")[0]
+    assert row.index(f">{compat:.2f}<") < row.index(f">{fixed:.2f}<")
+    published = html.partition('<section id="published"')[2].partition("</section>")[0]
+    assert published.count('<tr class="ours">') == published.count("<table")
+    assert f">{compat:.2f}<" in published and f">{fixed:.2f}<" not in published
+    assert "the coefficients were fitted to compat values" in html
+
+
+def test_nothing_is_lost_of_what_went_wrong(scored_data: ReportData) -> None:
+    """Warnings, withheld scores, rejected videos and videos without a value are in the page and in Markdown."""
+    for text in (render_html(scored_data), render_markdown(scored_data)):
+        assert "A still video has the best motion score there is" in text
+        assert "needs Celebrity_ID_Score" in text
+        assert "truncated" in text and "0019" in text
+        assert "needs two frames; has 1" in text and "0008, 0017" in text
+        assert "RapidOCR in place of PaddleOCR" in text
+
+
+def test_a_report_of_given_videos_is_silent_about_training(scored_data: ReportData) -> None:
+    """What is about training is left out; videos, scores, settings and lineage stay."""
+    html = render_html(scored_data)
+    page = Page(html)
+    sections = [section["id"] for section in page.all("section")]
+    assert sections == ["samples", "scores", "published", "missing", "lineage", "configuration", "timings"]
+    assert "trained" not in html.partition("<script>")[0] and "19 videos of a folder" in html
+    assert "dover.order" in html and "as published" in html
+
+
+def test_every_score_of_every_video_can_be_read_without_script(scored_data: ReportData) -> None:
+    """Each mode has a table with a row for each video; cards hold the same numbers for the script."""
+    html = render_html(scored_data)
+    for mode in ("compat", "fixed"):
+        table = html.partition(f'aria-label="Scores of every video, {mode}"')[2].partition("</table>")[0]
+        assert table.count("<tr data-id=") == len(scored_data.rows)
+        assert f"{100 * scored_data.rows[3].values[mode]['VQA_A']:.2f}" in table
+    cards = {card["data-id"]: card for card in Page(html).all("article") if "data-id" in card}
+    assert list(cards) == [row.id for row in scored_data.rows]
+    first = float((cards["0003"]["data-compat"] or "").split(",")[0])
+    assert first == pytest.approx(scored_data.rows[3].values["compat"]["VQA_A"], rel=1e-6)
+    assert cards["0003"]["data-tags"] == "text detection" and cards["0003"]["data-classes"] == "dog,stop sign"
+    assert "!1" in (cards["0008"]["data-compat"] or "").split(",")
 
 
 def test_a_report_about_nothing_says_so() -> None:
@@ -147,7 +227,44 @@ def test_json_and_markdown_say_the_same(report_data: ReportData) -> None:
     assert plain["samples"][0]["sample"] == hashlib.sha256(report_data.rows[0].sample).hexdigest()
     assert plain["scores"]["real clips"]["colour"] == {"mean": 0.99, "n": 16}
     text = render_markdown(report_data)
-    assert "trained 6 minutes on your CPU" in text and text.count("not measured") == len(METRICS)
+    assert "trained 6 minutes on your CPU" in text and text.count(": not measured: ") == len(EVALCRAFTER)
+
+
+def test_json_and_markdown_hold_every_score(scored_data: ReportData) -> None:
+    """Values of every video, both modes, averages, what is withheld, warnings and published rows are in JSON; all but
+    the values of videos in Markdown."""
+    plain = json.loads(render_json(scored_data))
+    assert plain["benchmark"] == json.loads(json.dumps(scored_data.benchmark))
+    for written, row in zip(plain["samples"], scored_data.rows, strict=True):
+        assert (written["id"], written["tags"], written["missing"]) == (row.id, row.tags, row.missing)
+        assert written["values"] == row.values and written["reasons"] == row.reasons
+    assert [table["name"] for table in plain["published"]][:2] == ["aspects", "metrics"]
+    text = render_markdown(scored_data)
+    for mode, results in scored_data.benchmark["modes"].items():
+        assert f"| plain average, {mode} |" in text
+        numbers = [found["value"] for found in results["metrics"].values() if "value" in found]
+        assert all(f"{number:.2f}" in text or f"{number:.4f}" in text for number in numbers)
+        assert all(reason in text for reason in results["withheld"].values())
+
+
+def test_markdown_stays_a_table_whatever_a_text_holds(scored_data: ReportData) -> None:
+    """Pipes and line ends of others neither end a cell nor begin a line."""
+    hostile = "a | b\n# c"
+    metrics = {"IS": {"not_measured": hostile}, "VQA_A": {"value": 1.0, "n": 1, "note": hostile}}
+    modes = {"compat": {"metrics": metrics, "aspects": {}, "withheld": {"total": hostile}, "averages": {}}}
+    benchmark = {**scored_data.benchmark, "modes": modes, "warnings": [hostile]}
+    text = render_markdown(dataclasses.replace(scored_data, benchmark=benchmark))
+    assert "\n# c" not in text and "a \\| b # c" in text
+
+
+def test_a_report_of_an_older_scorecard_is_whole(scored_data: ReportData) -> None:
+    """One mode, and no values of videos: the page shows what there is."""
+    benchmark = {"mode": "compat", "metrics": {"IS": {"value": 15.0, "per_video": {"a": 1}}}, "aspects": {}}
+    rows = [dataclasses.replace(row, values={}, reasons={}) for row in scored_data.rows]
+    data = dataclasses.replace(scored_data, rows=rows, benchmark=benchmark)
+    html = render_html(data)
+    Page(html)
+    assert ">15.00<" in html and "15.00" in render_markdown(data) and json.loads(render_json(data))
 
 
 def test_a_published_report_has_its_manifest_last(tmp_path: Path, report_data: ReportData) -> None:

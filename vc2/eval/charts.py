@@ -1,23 +1,26 @@
-"""Charts as inline SVG, drawn with the page's own colours: loss curves with the trivial predictor's level, and the
-lineage.
+"""Charts as inline SVG, drawn with the page's own colours: loss curves with the trivial predictor's level, how a metric
+is distributed over the videos, models in the order of a score, and the lineage.
 
-Coordinates are SVG's: x to the right, y downwards. Every figure has a title and a description for those who do not
-see it.
+What is told by colour is told by form, too: filled or outlined, dot or diamond, solid or dashed. Coordinates are SVG's:
+x to the right, y downwards. Every figure has a title and a description for those who do not see it.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from vc2.eval.page import element
 
-__all__ = ["lineage_layers", "lineage_svg", "loss_svg", "smoothed", "ticks"]
+__all__ = ["Ranked", "histogram_svg", "lineage_layers", "lineage_svg", "loss_svg", "ranking_svg", "smoothed", "ticks"]
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 560, 310  # of a loss curve
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 16, 50
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 216, 70, 24, 46  # of a lineage
+BINS, BARS_WIDTH, BARS_HEIGHT = 24, 300, 150  # of a histogram
+NAMES_WIDTH, DOTS_WIDTH, ROW_HEIGHT = 180, 116, 21  # of a ranking
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -97,6 +100,106 @@ def loss_svg(name: str, points: Sequence[Point], trivial: float | None) -> str:
 def _thinned(points: Sequence[Point], most: int = 600) -> Sequence[Point]:
     stride = math.ceil(len(points) / most)
     return points if stride <= 1 else [*points[:-1:stride], points[-1]]
+
+
+def histogram_svg(name: str, series: Mapping[str, Sequence[float]]) -> str:
+    """How many videos have which value. The first series is filled, the second an outline; their means are marked.
+
+    Args:
+        name: Of the figure.
+        series: Values by name of the series, in one unit; empty ones are left out.
+    """
+    drawn = {label: found for label, values in series.items() if (found := [v for v in values if math.isfinite(v)])}
+    if not drawn:
+        return f'<p class="empty">{escape(name)}: no values.</p>'
+    everything = [value for values in drawn.values() for value in values]
+    marks = ticks(min(everything), max(everything), 4)
+    if len(marks) == 1:
+        marks = [marks[0] - 0.5, marks[0], marks[0] + 0.5]
+    low, high, left, bottom, top = marks[0], marks[-1], 8, BARS_HEIGHT - 24, 10
+    step = (BARS_WIDTH - 2 * left) / BINS
+
+    def across(value: float) -> float:
+        return left + (value - low) / (high - low) * (BARS_WIDTH - 2 * left)
+
+    counts = {label: _counted(values, low, high) for label, values in drawn.items()}
+    most = max(max(count) for count in counts.values())
+    means = {label: math.fsum(values) / len(values) for label, values in drawn.items()}
+    words = "; ".join(
+        f"{label}: {len(values)} videos, mean {means[label]:.4g}, {min(values):.4g} to {max(values):.4g}"
+        for label, values in drawn.items()
+    )
+    parts = [element("title", escape(name)), element("desc", escape(words))]
+    for number, (label, count) in enumerate(counts.items()):
+        heights = [found / most * (bottom - top) for found in count]
+        style = ("first", "second")[min(number, 1)]
+        if style == "first":
+            bars = "".join(
+                f"M{left + place * step + 0.5:.1f} {bottom}v{-height:.1f}h{step - 1:.1f}v{height:.1f}z"
+                for place, height in enumerate(heights)
+                if height
+            )
+            parts.append(element("path", class_=style, d=bars))
+        else:
+            outline = "".join(f"V{bottom - height:.1f}h{step:.1f}" for height in heights)
+            parts.append(element("path", class_=style, d=f"M{left} {bottom}{outline}V{bottom}"))
+        middle = f"{across(means[label]):.1f}"
+        parts.append(element("line", class_=f"mean {style}", x1=middle, x2=middle, y1=top - 6, y2=bottom))
+    parts.append(element("line", class_="grid", x1=left, x2=BARS_WIDTH - left, y1=bottom, y2=bottom))
+    for mark in marks:
+        anchor = "start" if mark == low else "end" if mark == high else "middle"
+        parts.append(
+            element("text", f"{mark:g}", x=f"{across(mark):.1f}", y=bottom + 17, text_anchor=anchor, class_="tick")
+        )
+    return element("svg", *parts, viewBox=f"0 0 {BARS_WIDTH} {BARS_HEIGHT}", role="img", class_="histogram")
+
+
+def _counted(values: Sequence[float], low: float, high: float) -> list[int]:
+    counts = [0] * BINS
+    for value in values:
+        counts[min(BINS - 1, int((value - low) / (high - low) * BINS))] += 1
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A model in a ranking."""
+
+    name: str
+    value: float
+    is_ours: bool = False
+
+
+def ranking_svg(name: str, rows: Sequence[Ranked], digits: int = 2) -> str:
+    """Models by a score, the highest on top: a dot each, ours a diamond in bold."""
+    if not rows:
+        return f'<p class="empty">{escape(name)}: no values.</p>'
+    rows = sorted(rows, key=lambda row: -row.value)
+    marks = ticks(rows[-1].value, rows[0].value, 4)
+    low, high = marks[0], marks[-1] if len(marks) > 1 else marks[0] + 1
+    height = len(rows) * ROW_HEIGHT + 8
+    place = next((number for number, row in enumerate(rows, 1) if row.is_ours), None)
+    words = f"{rows[0].name} {rows[0].value:.{digits}f} to {rows[-1].name} {rows[-1].value:.{digits}f}"
+    if place is not None:
+        words += f"; {rows[place - 1].name} is number {place} of {len(rows)}"
+    parts = [element("title", escape(name)), element("desc", escape(words))]
+    for number, row in enumerate(rows):
+        y = 4 + (number + 0.5) * ROW_HEIGHT
+        x = NAMES_WIDTH + 10 + (row.value - low) / (high - low) * (DOTS_WIDTH - 20)
+        style = "ours" if row.is_ours else None
+        mark = (
+            element("path", d=f"M{x:.1f} {y - 7}l7 7l-7 7l-7-7z", class_="ours")
+            if row.is_ours
+            else element("circle", cx=f"{x:.1f}", cy=y, r=4.5)
+        )
+        parts += [
+            element("line", class_="grid", x1=NAMES_WIDTH, x2=NAMES_WIDTH + DOTS_WIDTH, y1=y, y2=y),
+            mark,
+            element("text", escape(row.name), x=NAMES_WIDTH - 8, y=y, dy=".35em", text_anchor="end", class_=style),
+            element("text", f"{row.value:.{digits}f}", x=NAMES_WIDTH + DOTS_WIDTH + 8, y=y, dy=".35em", class_=style),
+        ]
+    width = NAMES_WIDTH + DOTS_WIDTH + 52
+    return element("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", class_="ranking")
 
 
 def lineage_layers(inputs: Mapping[str, Sequence[str]]) -> list[list[str]]:

@@ -5,12 +5,14 @@ The script is allowed by its own hash, so text that found its way into the page 
 
 import base64
 import hashlib
+import math
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-__all__ = ["data_uri", "element", "page"]
+__all__ = ["column", "data_uri", "element", "empty", "number", "page", "row_head", "section", "table"]
 
-VOID = ("br", "img", "meta")
+VOID = ("br", "img", "input", "meta")
 
 
 def element(tag: str, *children: str, **attributes: object) -> str:
@@ -36,6 +38,47 @@ def element(tag: str, *children: str, **attributes: object) -> str:
 def data_uri(media_type: str, data: bytes) -> str:
     """Bytes inside the page."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def section(anchor: str, title: str, lead: str, *parts: str) -> str:
+    """A part of the page with its heading; `lead` is markup."""
+    return element("section", element("h2", title), element("p", lead, class_="lead"), *parts, id=anchor)
+
+
+def empty(words: str) -> str:
+    """What stands where there is nothing to show."""
+    return element("p", words, class_="empty")
+
+
+def table(label: str, head: Sequence[str], rows: Sequence[str], style: str | None = None, box: str = "scroll") -> str:
+    """A table in a box that scrolls by itself, also by keyboard.
+
+    Args:
+        label: What it is, for those who do not see it.
+        head: Cells of the first row, see `column`.
+        rows: Elements tr.
+        style: Class of the table.
+        box: Class of the box.
+    """
+    body = element("thead", element("tr", *head)) + element("tbody", *rows)
+    return element("div", element("table", body, class_=style), class_=box, tabindex=0, role="region", aria_label=label)
+
+
+def column(name: str, *, is_number: bool = True, **attributes: object) -> str:
+    """The head of a column."""
+    return element("th", escape(name), scope="col", class_="num" if is_number else None, **attributes)
+
+
+def row_head(name: str, small: str = "") -> str:
+    """The head of a row, with a remark."""
+    return element("th", escape(name), element("small", escape(small)) if small else "", scope="row")
+
+
+def number(value: float) -> str:
+    """A figure in three digits; none where it is no number."""
+    if not math.isfinite(value):
+        return "none"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def page(title: str, body: str) -> str:

@@ -25,11 +25,19 @@ class SampleRow:
     """A prompt with what the model made of it and a real clip of the same thing. Videos are H.264 mp4 files."""
 
     prompt: str
-    sample: bytes
+    sample: bytes | None  #: None: there is nothing to show, `missing` says why
     real: bytes | None = None  #: None: no real clip shows this
     scores: Mapping[str, float] = field(default_factory=dict)  #: of the sample, by judge
     real_scores: Mapping[str, float] = field(default_factory=dict)
     note: str = ""  #: for example that this combination is in no training caption
+    id: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)  #: what the prompt asks for, in words: count -> 2 dog
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  #: raw, by mode and metric
+    #: Why there is no value, or what is strange about it, likewise.
+    reasons: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    missing: str = ""
+    sha256: str = ""  #: of the whole video, where `sample` is a preview of it
+    size: tuple[int, int] | None = None  #: width and height of `sample`; None: those of the report
 
 
 @dataclass(frozen=True)
@@ -118,10 +126,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows. Empty parts are said to be empty, not left out in silence."""
+    """Everything a report shows. Empty parts are said to be empty, not left out in silence; where nothing was trained,
+    the parts about training are left out."""
 
-    trained_minutes: float
+    trained_minutes: float | None = None  #: None: nothing was trained for it, videos were given
     title: str = "vc2: from raw data to a video model"
+    about: str = ""  #: whose videos these are, where no model was trained
+    notes: Sequence[str] = ()  #: what is to be known of the videos as they are shown
     on: str = "your CPU"  #: completes "trained N minutes on ..."
     hardware: str = ""
     rows: Sequence[SampleRow] = ()
@@ -132,6 +143,7 @@ class ReportData:
     judges: Sequence[Judged] = ()
     scores: Sequence[ScoreRow] = ()
     benchmark: Mapping[str, Any] = field(default_factory=dict)  #: as in a scorecard's summary
+    compare: Sequence[str] = ()  #: published rows to lay beside it, see `leaderboard.rows_named`; empty: all
     shards: Sequence[ShardSheet] = ()
     lineage: Sequence[LineageNode] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -143,8 +155,16 @@ class ReportData:
 
     @property
     def sentence(self) -> str:
-        """How long the model was trained, in words."""
-        return f"trained {_minutes(self.trained_minutes)} on {self.on}"
+        """Whose videos these are, in words: of a model that was trained for so long, or given."""
+        if self.trained_minutes is not None:
+            return f"from a model trained {_minutes(self.trained_minutes)} on {self.on}"
+        return f"of {self.about}" if self.about else ""
+
+    @property
+    def videos(self) -> str:
+        """How many videos there are to show, in words."""
+        count = sum(row.sample is not None for row in self.rows)
+        return "One video" if count == 1 else f"{count or 'No'} videos"
 
     @property
     def all_judges(self) -> Sequence[Judged]:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vc2.artifacts import Artifact, Manifest, SampleSet, Scorecard, load_manifest
+from vc2.artifacts import Artifact, FileEntry, Manifest, SampleSet, Scorecard, environment, load_manifest
 from vc2.data.media import encode_jpeg
 from vc2.data.shards import read_frames
 from vc2.data.video_files import encode_mp4
-from vc2.eval.config import Prompt
+from vc2.eval.measure import videos_of
 from vc2.eval.metrics import Video
+from vc2.eval.previews import PREVIEW_BUDGET, Preview, Source, previews
+from vc2.eval.prompts import Prompt, detection_classes, scoring_text
 from vc2.eval.report import (
     BeforeAfter,
     Judged,
@@ -33,16 +36,20 @@ from vc2.eval.report import (
     Timing,
 )
 from vc2.eval.scorecard import Summary
+from vc2.pipeline.driver import IMPORTED
 from vc2.pipeline.recipes import PipelineConfig
+from vc2.progress import Progress, silent
 from vc2.storage import Store
 from vc2.train.precompute import LATENTS
 
-__all__ = ["BEFORE", "REAL", "gather", "judge_by_truth", "real_clips"]
+__all__ = ["BEFORE", "REAL", "gather", "gather_videos", "judge_by_truth", "real_clips"]
 
 BEFORE = "before stage 2"
 REAL = "real clips"
 
 SHEET_ITEMS = 12  # samples of a source on its contact sheet
+MOST_PAIRS = 24  # prompts that are shown from before and after stage 2
+USUAL_FPS, USUAL_SIZE = 10.0, (512, 320)  # where nothing is known of the videos
 
 JUDGES = (  # of the small world, in the order of the page
     Judged("colour", "colour", "the thing has the colour of its caption"),
@@ -86,8 +93,10 @@ def gather(
     made: Mapping[str, SampleSet],
     scorecard: Scorecard,
     real: Mapping[str, Video],
+    *,
+    progress: Progress = silent,
 ) -> ReportData:
-    """Everything the report shows.
+    """Everything the report of a run shows.
 
     Args:
         config: The whole run's configuration.
@@ -96,26 +105,30 @@ def gather(
         made: Sample sets by role: `checkpoint`, and `base` for the one before stage 2.
         scorecard: Their scores.
         real: Real clips by prompt id.
+        progress: Told after each video that is made ready for the page.
     """
     wanted = config.evaluation
     lineage = _lineage(store, inputs, made, scorecard)
-    summary, judged = _scores(store, scorecard)
-    samples = _videos(store, made["checkpoint"])
-    before = _videos(store, made["base"]) if "base" in made else {}
+    card = _Card.read(store, scorecard)
     prompts = wanted.all_prompts()
-    trained = [node for node in lineage.values() if node.kind == "checkpoint"]
+    files = videos_of(load_manifest(store, made["checkpoint"].prefix))
+    samples = _shown(store, made["checkpoint"], progress=progress)
+    pairs = [prompt.id for prompt in prompts[:MOST_PAIRS]]
+    before = _shown(store, made["base"], pairs, PREVIEW_BUDGET // 4) if "base" in made else {}
+    trained = [node for node in lineage.values() if node.kind == "checkpoint" and node.stage != IMPORTED]
     on_cpu = all(manifest.facts.get("device") == "cpu" for manifest in trained)
     return ReportData(
-        trained_minutes=sum(manifest.seconds for manifest in trained) / 60,
+        trained_minutes=sum(manifest.seconds for manifest in trained) / 60 if trained else None,
+        about=_about(lineage),
+        notes=_notes(made["checkpoint"], samples, len(prompts) if before else 0),
         on="your CPU" if on_cpu else "your GPUs",
         hardware=_hardware(),
         rows=[
-            SampleRow(
-                prompt=prompt.text,
-                sample=samples[prompt.id],
+            replace(
+                _row(prompt, samples.get(prompt.id), files.get(prompt.id), card),
                 real=_mp4(real[prompt.id].frames, wanted.play_fps) if prompt.id in real else None,
-                scores=judged.get("samples", {}).get(prompt.id, {}),
-                real_scores=judged.get(REAL, {}).get(prompt.id, {}),
+                scores=card.judged.get("samples", {}).get(prompt.id, {}),
+                real_scores=card.judged.get(REAL, {}).get(prompt.id, {}),
                 note="" if prompt.attributes.get("seen", True) else "no training caption has this combination",
             )
             for prompt in prompts
@@ -125,30 +138,203 @@ def gather(
         before_after=[
             BeforeAfter(
                 prompt=prompt.text,
-                before=before[prompt.id],
-                after=samples[prompt.id],
-                before_scores=judged.get(BEFORE, {}).get(prompt.id, {}),
-                after_scores=judged.get("samples", {}).get(prompt.id, {}),
+                before=earlier,
+                after=later,
+                before_scores=card.judged.get(BEFORE, {}).get(prompt.id, {}),
+                after_scores=card.judged.get("samples", {}).get(prompt.id, {}),
             )
-            for prompt in prompts
-            if before
+            for prompt in prompts[:MOST_PAIRS]
+            if prompt.id in before and (earlier := before[prompt.id].data) and (later := samples[prompt.id].data)
         ],
         curves=[_curve(store, manifest) for manifest in trained],
         judges=JUDGES if config.world is not None else (),
         scores=[
             ScoreRow(name, {figure: Summary(**said) for figure, said in figures.items()}, is_reference=name == REAL)
-            for name, figures in _in_order(summary["judges"])
+            for name, figures in _in_order(card.summary["judges"])
         ],
-        benchmark=summary["benchmark"],
+        benchmark=card.summary["benchmark"],
         shards=[_sheet(store, manifest) for manifest in lineage.values() if manifest.kind == "shard_set"],
         lineage=_nodes(lineage),
         config=config.model_dump(mode="json"),
         timings=[Timing(name, manifest.seconds) for name, manifest in lineage.items()],
-        environment=trained[-1].environment if trained else {},
+        environment=trained[-1].environment if trained else environment(),
         figures=_figures(trained),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         fingerprint=inputs["checkpoint"].fingerprint,
     )
+
+
+def gather_videos(
+    store: Store,
+    samples: SampleSet,
+    scorecard: Scorecard,
+    *,
+    prompts: Sequence[Prompt] = (),
+    title: str = "vc2: videos and their scores",
+    about: str = "",
+    compare: Sequence[str] = (),
+    progress: Progress = silent,
+) -> ReportData:
+    """Everything the report of a set of videos shows that need not have been made here: no training, no shards.
+
+    Args:
+        store: Where the artifacts are.
+        samples: The videos, with `prompts.jsonl` beside them.
+        scorecard: Their scores.
+        prompts: What was asked for; none: those beside the videos, and ids that the scores name.
+        title: Of the page.
+        about: Whose videos these are, as in "700 videos of ..."; empty: what the set says of its source.
+        compare: Published rows to lay beside them, as in `leaderboard.rows_named`; none: all.
+        progress: Told after each video that is made ready for the page.
+    """
+    manifest = load_manifest(store, samples.prefix)
+    card = _Card.read(store, scorecard)
+    lineage = _lineage(store, {}, {"checkpoint": samples}, scorecard)
+    prompts = prompts or _prompts(store, manifest, card)
+    files = videos_of(manifest)
+    shown = _shown(store, samples, [name for name in files if name not in card.rejected], progress=progress)
+    sizes = [(found.width, found.height) for found in shown.values() if found.width]
+    width, height = manifest.config.get("width"), manifest.config.get("height")
+    return ReportData(
+        title=title,
+        about=about or _about(lineage),
+        notes=_notes(samples, shown, 0),
+        hardware=_hardware(),
+        rows=[_row(prompt, shown.get(prompt.id), files.get(prompt.id), card) for prompt in prompts],
+        fps=float(manifest.config.get("play_fps") or USUAL_FPS),
+        size=(width, height) if width and height else sizes[0] if sizes else USUAL_SIZE,
+        benchmark=card.summary["benchmark"],
+        compare=compare,
+        lineage=_nodes(lineage),
+        config={name: found.config for name, found in lineage.items()},
+        timings=[Timing(name, found.seconds) for name, found in lineage.items()],
+        environment=load_manifest(store, scorecard.prefix).environment,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=scorecard.fingerprint,
+    )
+
+
+# ---- videos and their values ----
+
+
+@dataclass(frozen=True)
+class _Card:
+    """What a scorecard says of all videos, and of each by its id."""
+
+    summary: Mapping[str, Any]
+    judged: Mapping[str, Mapping[str, Mapping[str, float]]]  # by set
+    texts: Mapping[str, str]  # prompts, as far as it holds them
+    values: Mapping[str, Mapping[str, Mapping[str, float]]]  # by mode and metric
+    reasons: Mapping[str, Mapping[str, Mapping[str, str]]]  # why there is no value, or what is strange about it
+
+    @property
+    def rejected(self) -> Mapping[str, str]:
+        """Why videos were not scored, by id."""
+        return self.summary["benchmark"].get("videos", {}).get("rejected", {})
+
+    @classmethod
+    def read(cls, store: Store, scorecard: Scorecard) -> "_Card":
+        manifest = load_manifest(store, scorecard.prefix)
+        judged: dict[str, dict[str, dict[str, float]]] = {}
+        texts: dict[str, str] = {}
+        values: dict[str, dict[str, dict[str, float]]] = {}
+        reasons: dict[str, dict[str, dict[str, str]]] = {}
+        for prompt in manifest.config.get("prompts") or ():
+            texts[prompt["id"]] = prompt["text"]
+        for line in _lines(store, manifest, "videos.jsonl"):
+            judged.setdefault(line["set"], {})[line["id"]] = line["judges"]
+            texts.setdefault(line["id"], line["prompt"])
+        for line in _lines(store, manifest, "metrics.jsonl"):  # of older scorecards there is none
+            name, mode, metric, value = (line[key] for key in ("id", "mode", "metric", "value"))
+            why = line.get("reason") or ("no reason given" if value is None else "")
+            if value is not None:
+                values.setdefault(name, {}).setdefault(mode, {})[metric] = value
+            if why:
+                reasons.setdefault(name, {}).setdefault(mode, {})[metric] = why
+        return cls(json.loads(store.read(manifest.file("summary.json").key)), judged, texts, values, reasons)
+
+
+def _lines(store: Store, manifest: Manifest, name: str) -> list[dict[str, Any]]:
+    """The lines of a file of an artifact; none where it has no such file."""
+    entry = next((entry for entry in manifest.files if entry.name == name), None)
+    return [] if entry is None else [json.loads(text) for text in store.read(entry.key).decode().splitlines()]
+
+
+def _row(prompt: Prompt, shown: Preview | None, file: FileEntry | None, card: _Card) -> SampleRow:
+    missing = shown.missing if shown else "no video of this prompt"
+    return SampleRow(
+        prompt=prompt.text,
+        sample=shown.data if shown else None,
+        id=prompt.id,
+        tags=_tags(prompt),
+        values=card.values.get(prompt.id, {}),
+        reasons=card.reasons.get(prompt.id, {}),
+        missing=f"not scored: {card.rejected[prompt.id]}" if prompt.id in card.rejected else missing,
+        sha256=file.sha256 if file else "",
+        size=(shown.width, shown.height) if shown and shown.width else None,
+    )
+
+
+def _tags(prompt: Prompt) -> dict[str, str]:
+    """What a prompt of the benchmark asks for, in words."""
+    known = prompt.attributes
+    if "truth" in known:  # of the small world
+        return {}
+    tags = {}
+    for name in ("count", "color", "text", "action", "amplitude", "celebrity"):
+        if said := known.get(name):
+            tags[name] = " ".join(map(str, said.values())) if isinstance(said, Mapping) else str(said)
+    if classes := detection_classes(scoring_text(prompt, "compat"), "compat"):
+        tags["detection"] = ", ".join(classes)
+    return tags
+
+
+def _prompts(store: Store, manifest: Manifest, card: _Card) -> list[Prompt]:
+    """The prompts of a set of videos, then those known from its scores or its files alone."""
+    found = {
+        line["id"]: Prompt(id=line["id"], text=line["prompt"], attributes=line.get("attributes") or {})
+        for line in _lines(store, manifest, "prompts.jsonl")
+    }
+    others = dict.fromkeys((*card.texts, *card.values, *card.reasons, *card.rejected, *videos_of(manifest)))
+    for name in others:
+        found.setdefault(name, Prompt(id=name, text=card.texts.get(name, name)))
+    return sorted(found.values(), key=lambda prompt: prompt.id)
+
+
+def _shown(
+    store: Store,
+    samples: SampleSet,
+    names: Sequence[str] | None = None,
+    budget: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Preview]:
+    """What the page shows of the videos of a set, by id."""
+    manifest = load_manifest(store, samples.prefix)
+    files = videos_of(manifest)
+    wanted = [name for name in (files if names is None else names) if name in files]
+    sources = [Source(name, files[name].size, partial(store.read, files[name].key)) for name in wanted]
+    return previews(sources, budget=budget or PREVIEW_BUDGET, measure="width" not in manifest.config, progress=progress)
+
+
+def _notes(samples: SampleSet, shown: Mapping[str, Preview], num_pairs: int) -> list[str]:
+    """How the videos of the page differ from those of the set."""
+    notes = []
+    if copies := sum(found.is_copy for found in shown.values()):
+        notes.append(
+            f"{copies} of {len(shown)} videos are shown as small or converted copies, with all their frames, so that "
+            f"the page stays light and plays everywhere; the videos as they were scored are in {samples.uri}."
+        )
+    if num_pairs > MOST_PAIRS:
+        notes.append(f"Before and after stage 2: the first {MOST_PAIRS} of {num_pairs} prompts.")
+    return notes
+
+
+def _about(lineage: Mapping[str, Manifest]) -> str:
+    """Whose videos these are, where no model was trained for them."""
+    sets = [manifest for manifest in lineage.values() if manifest.kind == "sample_set"]
+    models = [manifest for manifest in lineage.values() if manifest.kind == "checkpoint"]
+    found = [manifest.facts.get("source") or manifest.facts.get("origin") for manifest in (*models, *sets)]
+    return next((str(name) for name in found if name), "")
 
 
 def _figures(trained: Sequence[Manifest]) -> dict[str, str]:
@@ -170,21 +356,6 @@ def _in_order(judges: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Real clips first, then the model before and after its second stage."""
     names = [name for name in (REAL, BEFORE, "samples") if name in judges]
     return [("after stage 2" if name == "samples" and BEFORE in judges else name, judges[name]) for name in names]
-
-
-def _scores(store: Store, scorecard: Scorecard) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
-    """The summary, and the figures of every video by set and prompt id."""
-    manifest = load_manifest(store, scorecard.prefix)
-    judged: dict[str, dict[str, dict[str, float]]] = {}
-    for text in store.read(manifest.file("videos.jsonl").key).decode().splitlines():
-        line = json.loads(text)
-        judged.setdefault(line["set"], {})[line["id"]] = line["judges"]
-    return json.loads(store.read(manifest.file("summary.json").key)), judged
-
-
-def _videos(store: Store, samples: SampleSet) -> dict[str, bytes]:
-    files = load_manifest(store, samples.prefix).files
-    return {entry.name.removesuffix(".mp4"): store.read(entry.key) for entry in files if entry.name.endswith(".mp4")}
 
 
 def _mp4(frames: np.ndarray, fps: float) -> bytes:
