@@ -55,7 +55,7 @@ __all__ = [
 StageName = Literal[
     "shard/webvid", "shard/laion-coco", "shard/jdb", "train/full", "train/spatial", "evaluate/evalcrafter"
 ]
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

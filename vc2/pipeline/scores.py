@@ -8,7 +8,7 @@ from typing import Any
 
 from vc2.artifacts import Report, find, fingerprint, load_manifest
 from vc2.eval.config import EvaluateStage
-from vc2.eval.leaderboard import ASPECT_LABELS, Column, Line, comparison
+from vc2.eval.leaderboard import ASPECT_LABELS, comparison, shown
 from vc2.eval.metrics import ASPECT_NAMES, METRICS, Metric
 from vc2.eval.prompts import Prompt
 from vc2.pipeline.driver import REPORT_VERSION
@@ -52,7 +52,7 @@ def evaluate_folder(
         return done
     name = fingerprint("score", STAGE_VERSION, wanted, inputs, repeat)
     card = score(wanted, store, work, fingerprint=name, samples=samples, progress=progress, repeat=repeat)
-    data = gather_videos(store, samples, card, compare=wanted.compare, progress=progress)
+    data = gather_videos(store, samples, card, prompts=wanted.all_prompts(), compare=wanted.compare, progress=progress)
     return publish(
         store,
         data,
@@ -153,15 +153,10 @@ def _compared(benchmark: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[
         labels = [column.label for column in table.columns]
         yield f"{'':{width}}  " + "  ".join(labels)
         for line in table.lines:
-            cells = (f"{_cell(line, column):>{len(column.label)}}" for column in table.columns)
+            cells = (f"{shown(line, column) or '-':>{len(column.label)}}" for column in table.columns)
             note = "" if line.is_comparable or line.is_ours else "  not comparable"
             yield f"{line.name:{width}}  " + "  ".join(cells) + note
         yield from (f"  {note}" for note in table.notes)
-
-
-def _cell(line: Line, column: Column) -> str:
-    value = line.values.get(column.name)
-    return "-" if value is None else f"{value:.{column.digits}f}"
 
 
 def _number(metric: Metric, said: Mapping[str, Any]) -> str:

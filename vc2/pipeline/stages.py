@@ -178,7 +178,7 @@ def _evaluate(
     real = real_clips(store, inputs["videos"], wanted.all_prompts()) if "videos" in inputs else {}
     scorecard = _scores(wanted, config, store, work, made, real, stage.repeat, progress)
     progress("report", 0, 1)
-    data = gather(config, store, inputs, made, scorecard, real)
+    data = gather(config, store, inputs, made, scorecard, real, progress=progress)
     report = publish(
         store,
         data,
