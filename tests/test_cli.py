@@ -15,7 +15,7 @@ from vc2.storage import LocalStore
 
 COMMANDS = (
     "run", "plan", "shard", "train", "sample", "evaluate", "show", "verify", "index", "convert", "mirror", "doctor",
-    "study", "references",
+    "study", "references", "refit",
 )  # fmt: skip
 
 

@@ -165,6 +165,17 @@ def _parser() -> argparse.ArgumentParser:
     references.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     references.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    refit = command("refit", _refit, "Fit the aspects' coefficients to people's opinions anew, none of them negative.")
+    refit.add_argument("feedback", type=Path, help="CSV or JSON lines: prompt id, model, opinions of 1 to 5 by aspect")
+    refit.add_argument(
+        "--scores", nargs="+", required=True, metavar="MODEL=URI", help="a scorecard, or a report on it, of each model"
+    )
+    refit.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the coefficients there, as JSON")
+    refit.add_argument("--mode", choices=["compat", "fixed"], default="compat", help="whose values (default: compat)")
+    refit.add_argument("--seed", type=int, default=0, help="of the prompts held out (default: 0)")
+    refit.add_argument("--held-out", type=_share, default=0.2, metavar="SHARE", help="of the prompts (default: 0.2)")
+    refit.add_argument("--json", action="store_true", help="print the result as JSON")
+
     _study_commands(commands)
 
     sample = command(
@@ -875,6 +886,28 @@ def _evaluate_videos(options: argparse.Namespace) -> "tuple[EvaluateStage, Store
     with _progress(options) as progress:
         made = evaluate_folder(options.videos, wanted, store, work, progress=progress, repeat=options.repeat)
     return wanted, store, made
+
+
+def _refit(options: argparse.Namespace) -> None:
+    from vc2.artifacts import Scorecard, load_manifest
+    from vc2.eval.refit import read_feedback, read_scores, refit
+
+    feedback, scores = read_feedback(options.feedback), {}
+    for given in options.scores:
+        model, equals, uri = given.partition("=")
+        if not equals:
+            raise ConfigError(f"--scores {given!r}: expected MODEL=URI, with the model's name as in the feedback")
+        store, card = _artifact(uri)
+        if card.kind == "report":
+            store, card = _artifact(load_manifest(store, card.prefix).inputs["scores"].uri)
+        if not isinstance(card, Scorecard):
+            raise ConfigError(f"{uri} is a {card.kind}; expected a scorecard, or a report on one")
+        scores[model] = read_scores(store, card, options.mode)
+    fitted = refit(feedback, scores, mode=options.mode, seed=options.seed, held_out=options.held_out)
+    text = json.dumps(fitted.as_json(), indent=1)
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else "\n".join(fitted.text_lines()))
 
 
 def _study_build(options: argparse.Namespace) -> None:
