@@ -27,6 +27,7 @@ from flows.shown import ShownProgress, show_link, show_table, told_in_one_line
 from flows.stage import RAY_VARIABLES
 from vc2.artifacts import Artifact, Checkpoint, ShardSet, load_manifest
 from vc2.errors import LaunchFailed
+from vc2.eval.config import EvaluateStage
 from vc2.pipeline.driver import STAGES, PlannedStage, StageName, drive, given_artifacts, plan, session
 from vc2.pipeline.recipes import DEFAULT_WORK, PipelineOverrides, Recipe, default_store, resolve
 from vc2.storage import Store, join_uri, open_store
@@ -68,7 +69,9 @@ def pipeline(
     planned = plan(config, place, repeat=repeat, start_at=start_at, given=given)
     show_table("plan", [_row(stage) for stage in planned], "What is done, what will run, and why.")
     with ExitStack() as cleanup:
-        children = Children(recipe, place, overrides, cleanup, sum(stage.state == "done" for stage in planned))
+        children = Children(
+            recipe, place, overrides, config.evaluation, cleanup, sum(stage.state == "done" for stage in planned)
+        )
         last = drive(config, place, children.run, start_at=start_at, stop_after=stop_after, repeat=repeat, given=given)
     return _shown_result(last, place)
 
@@ -80,6 +83,7 @@ class Children:
     recipe: str
     store: Store
     overrides: PipelineOverrides  # pyright: ignore[reportInvalidTypeForm]
+    evaluation: EvaluateStage
     cleanup: ExitStack
     num_done: int
     progress: ShownProgress = field(default_factory=lambda: ShownProgress("vc2", every=0.0))
@@ -116,6 +120,9 @@ class Children:
             "repeat": stage.repeat,
             "overrides": self.overrides.model_dump(mode="json", exclude_none=True),
         }
+        if stage.name == "evaluate/evalcrafter":  # what is measured with what was seen, and planned, here
+            asked = parameters["overrides"].setdefault("evaluation", {})
+            asked |= self.evaluation.model_dump(include={"measured_with", "not_measured"})
         shards = []
         for role, artifact in inputs.items():
             if isinstance(artifact, ShardSet):

@@ -31,6 +31,7 @@ __all__ = [
     "MirrorStep",
     "Status",
     "Weight",
+    "at_hand",
     "default_cache",
     "identity",
     "is_available",
@@ -56,6 +57,7 @@ class Weight:
     shipped: str = ""  # in this package, below vc2/
     also: tuple[str, ...] = ()  # further files in the folder of `file`, on the hub too
     package: str = ""  # a Python package that brings them; `file` is then its name for installing
+    modules: tuple[str, ...] = ()  # Python modules without which they cannot be read
 
     def parts(self) -> Iterator["Weight"]:
         """Each file as a weight of its own: the first under this name, the others under name/file."""
@@ -133,14 +135,16 @@ WEIGHTS: Mapping[str, Weight] = {
                url="https://download.openmmlab.com/mmaction/v1.0/recognition/videomaev2/"
                    "vit-base-p16_videomaev2-vit-g-dist-k710-pre_16x4x1_kinetics-400/",
                also=("label_map_k400.txt",)),  # mmaction2: tools/data/kinetics/label_map_k400.txt
-        Weight("rapidocr", "rapidocr", "Apache-2.0", "evaluate: OCR_Score", package="rapidocr"),
+        Weight("rapidocr", "rapidocr", "Apache-2.0", "evaluate: OCR_Score", package="rapidocr",
+               modules=("onnxruntime",)),
         Weight("vgg-face", "vgg-face/vgg_face_weights.h5", "non-commercial", "evaluate: Celebrity_ID_Score (compat)",
-               url="https://github.com/serengil/deepface_models/releases/download/v1.0/vgg_face_weights.h5"),
+               url="https://github.com/serengil/deepface_models/releases/download/v1.0/vgg_face_weights.h5",
+               modules=("h5py",)),
         Weight("opencv-haar-face", "opencv/haarcascade_frontalface_default.xml", "Intel (BSD-like)",
                "evaluate: Celebrity_ID_Score (compat)", also=("haarcascade_eye.xml",),
                url="https://github.com/opencv/opencv/blob/4.x/data/haarcascades/haarcascade_frontalface_default.xml"),
         Weight("dlib-faces", "face_recognition_models", "CC0", "evaluate: Celebrity_ID_Score (fixed)",
-               package="face_recognition_models"),
+               package="face_recognition_models", modules=("dlib",)),
         Weight("dino-vit-b-16", "dino-vit-b-16/dino_vitbase16_pretrain.pth", "Apache-2.0",
                "evaluate: subject_consistency", about_gb=0.35,
                url="https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
@@ -219,25 +223,61 @@ def _resolve_part(weight: Weight, cache: Path, *, offline: bool) -> Path:
     )
 
 
+BESIDE = (
+    "config.json",
+    "labels.txt",
+    "label_map_k400.txt",
+)  # files that say how weights are read, where they lie there
+
+
 def identity(name: str, *, path: Path | None = None, cache: Path | None = None) -> str:
-    """Which bytes the weights called `name` (or at an explicit path) are: their sha256 (of several files: a digest of
-    all), or for a package its version. Raises as `resolve` does."""
-    weight = WEIGHTS[name]
-    if path is not None:
-        resolve(name, path=path)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path, *(path.parent / other for other in weight.also)]
-        parts = [file_digest(file).sha256 for file in files if file.is_file()]
-        return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    if weight.package:
+    """Which bytes the weights called `name` (or at an explicit path) are: their sha256 (of several files, or with one
+    that says how they are read: a digest of all), or for a package its version. Raises as `resolve` does."""
+    weight, cache = WEIGHTS[name], cache or default_cache()
+    if weight.package and path is None:
         resolve(name)
         return f"{weight.file} {metadata.version(weight.file)}"
-    cache = cache or default_cache()
-    resolve(name, cache=cache)
-    lock = _read_lock(cache)
-    parts = [lock[part.name]["sha256"] if part.name in lock else "" for part in weight.parts()]
-    if not all(parts):  # a cache that cannot be written keeps no record
-        parts = [file_digest(_resolve_part(part, cache, offline=is_offline())).sha256 for part in weight.parts()]
+    first = resolve(name, path=path, cache=cache)
+    if first.is_dir():
+        files = sorted(file for file in first.rglob("*") if file.is_file())
+    else:
+        parts_of_it = (PurePosixPath(weight.file).name, *weight.also) if weight.also else ()
+        others = (first.parent / other for other in (*parts_of_it, *BESIDE))
+        files = list(dict.fromkeys((first, *(file for file in others if file.is_file()))))
+    parts = [_sha256(file, cache) for file in files]
     return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sha256(path: Path, cache: Path) -> str:
+    """The sha256 of a file, read once as long as its size and time stay."""
+    lock, facts, key = _read_lock(cache), path.stat(), f"file {path}"
+    stamp = {"path": str(path), "size": facts.st_size, "time": facts.st_mtime_ns}
+    for known in (lock.get(key, {}), *lock.values()):
+        if all(known.get(name) == value for name, value in stamp.items()):
+            return known["sha256"]
+    sha256 = file_digest(path).sha256
+    _write_lock(cache, _read_lock(cache) | {key: stamp | {"sha256": sha256}})
+    return sha256
+
+
+def at_hand(name: str, *, path: Path | None = None) -> tuple[str, str]:
+    """Whether weights could be read, without reading them or asking the network.
+
+    Returns:
+        Why not (empty: they could), and what tells them from others as far as that is cheap: the size of their files,
+        for an explicit path their identity, for a package its version.
+    """
+    weight = WEIGHTS[name]
+    if lacking := [module for module in weight.modules if importlib.util.find_spec(module) is None]:
+        return f"no module {', '.join(lacking)}", ""
+    if path is not None:
+        return ("", identity(name, path=path)) if path.exists() else (f"there is no {path}", "")
+    if not is_available(name):
+        return "not found", ""
+    if weight.package:
+        return "", identity(name)
+    places = (next(_places(part, default_cache(), [], offline=True, fetch=False)) for part in weight.parts())
+    return "", " ".join(str(place.path.stat().st_size) for place in places if place.path.is_file())
 
 
 def _package_folder(weight: Weight) -> Path | None:
@@ -283,7 +323,10 @@ def _places_in_bucket(weight: Weight, mirror: str, cache: Path, tried: list[str]
     if place.is_file():
         yield _Place(place, f"cache {cache}", None)
         return
-    store = open_store(mirror)
+    try:
+        store = open_store(mirror)
+    except StoreError as error:
+        raise StoreError(f"VC2_MIRROR={mirror}: {error}") from None
     if store.entry(weight.file) is None:
         tried.append(join_uri(mirror, weight.file))
         return

@@ -17,7 +17,7 @@ from vc2.errors import SourceError
 from vc2.eval.config import EvaluateStage, Prompt
 from vc2.eval.folder import import_folder
 from vc2.eval.formulas import inception_score
-from vc2.eval.measure import Line, lines_folder, pooled, take_lines
+from vc2.eval.measure import Line, lines_folder, pooled, rows_key, take_lines
 from vc2.eval.measure_rank import main
 from vc2.progress import Progress
 from vc2.seeding import generator
@@ -130,7 +130,7 @@ def test_a_still_video_has_no_flow_no_warping_error_and_full_consistency(setting
         values = {name: by_name(lines, name, mode)["still"].value for name in METRICS if name != "CLIP_Score"}
         assert values["Flow_Score"] == pytest.approx(0, abs=1e-3)
         assert values["Warping_Error"] == pytest.approx(0, abs=1e-5)
-        assert values["CLIP_Temp"] == values["Face_Consistency"] == pytest.approx(1, abs=1e-6)
+        assert [values["CLIP_Temp"], values["Face_Consistency"]] == pytest.approx([1, 1], abs=1e-6)
 
 
 def test_a_translated_texture_has_its_known_flow(setting: Setting) -> None:
@@ -182,12 +182,52 @@ def test_what_is_pooled_over_all_videos_comes_from_files_of_each(setting: Settin
     lines, prefix = setting.lines(config), lines_folder(config, setting.samples)
     assert {line.mode for line in lines} == {"compat"} and all(line.value is not None for line in lines)
     names = sorted(prompt.id for prompt in PROMPTS[4:7])
-    rows = [np.load(io.BytesIO(setting.store.read(f"{prefix}/{name}.IS.npy"))) for name in names]
+    assert [line.id for line in lines] == names
+    rows = [np.load(io.BytesIO(setting.store.read(rows_key(prefix, line)))) for line in lines]
     for mode in ("compat", "fixed"):
         value, count, _ = pooled("IS", mode, lines, setting.store, prefix)
         assert value == pytest.approx(inception_score(np.concatenate(rows))[0]) and count == 3
+    setting.store.delete(rows_key(prefix, lines[0]))  # a line without its rows does not stand
+    assert setting.lines(config) == lines and setting.store.entry(rows_key(prefix, lines[0])) is not None
     few = [line for line in lines if line.id == "two"]
     assert pooled("IS", "compat", few, setting.store, prefix)[2] == {"needs 10 frames in all, there are 2": 1}
+
+
+def test_two_at_once_with_other_metrics_both_end_well(setting: Setting) -> None:
+    """The second begins and ends while the first has read what there is and not yet written."""
+    first, second = stage(metrics=("CLIP_Temp",)), stage(metrics=("Flow_Score",))
+    alone = take_lines(second, setting.store, setting.work, setting.samples, repeat=1, launch=here)
+
+    def interrupted(module: str, job: str, **more: Any) -> None:
+        assert setting.lines(second)
+        here(module, job, **more)
+
+    assert {line.metric for line in setting.lines(first, interrupted)} == {"CLIP_Temp"}
+    assert setting.lines(second, nobody) == alone
+
+
+def test_weights_that_cannot_be_loaded_cost_only_what_needs_them(setting: Setting, tmp_path: Path) -> None:
+    """With a reason, which is no answer for ever: with good weights the metric is measured."""
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no weights")
+    spoilt = stage(metrics=("CLIP_Temp", "Flow_Score"), mode="compat", files=FILES | {"clip-vit-b-32": str(bad)})
+    lines = setting.lines(spoilt)
+    assert all("cannot be measured: " in line.reason for line in by_name(lines, "CLIP_Temp").values())
+    assert by_name(lines, "Flow_Score")["moving"].value is not None
+    good = setting.lines(spoilt.evolve(files=FILES))
+    assert by_name(good, "CLIP_Temp")["moving"].value is not None
+
+
+def test_repeating_measures_anew(setting: Setting) -> None:
+    config, asked = stage(metrics=("Flow_Score",)), []
+
+    def watched(module: str, job: str, **more: Any) -> None:
+        asked.append(job)
+        here(module, job, **more)
+
+    first = take_lines(config, setting.store, setting.work, setting.samples, launch=watched)
+    again = take_lines(config, setting.store, setting.work, setting.samples, repeat=1, launch=watched)
+    assert first == again and len(asked) == 2
 
 
 def test_real_ranks_measure_the_same(setting: Setting) -> None:

@@ -83,7 +83,7 @@ def test_what_is_known_of_prompts_changes_scores_and_not_videos() -> None:
         ("metadata.json", "[1, 2]", "not the benchmark's metadata"),
         ("metadata.json", '{"0000": {"prompt": "a"}}', "'attributes'"),
         ("metadata.json", '{"../x": {"prompt": "a", "attributes": {}}}', "expected 1 to 64 letters"),
-        ("metadata.json", '{"0000": {"prompt": "a", "attributes": {"count": "many cats"}}}', "invalid literal"),
+        ("metadata.json", '{"0000": {"prompt": "a", "attributes": {"count": "many cats"}}}', "count is"),
         ("prompts.jsonl", '{"id": "0000"}', "'prompt'"),
         ("prompts.txt", "\n\n", "holds no prompts"),
     ],

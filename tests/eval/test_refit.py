@@ -274,6 +274,7 @@ def test_a_metric_that_a_set_lacks_has_no_weight(tmp_path: Path) -> None:
     assert fit.left_out == {"Celebrity_ID_Score": "not measured of b"}
     assert fit.aspect is not None and len(fit.aspect.terms) == 7
     assert fit.agreement["published"].reason == "needs Celebrity_ID_Score"
+    assert fit.agreement["average"].reason == "needs all metrics that it averages"
     assert fit.agreement["refit"].spearman is not None
 
 

@@ -154,9 +154,11 @@ def test_a_scorecard_holds_a_line_per_video_and_says_what_is_not_measured(tmp_pa
     assert summary["judges"]["samples"]["level"]["n"] == 2
     assert summary["judges"]["real clips"]["right"]["mean"] == 0.0
     benchmark = summary["benchmark"]
-    assert benchmark["prompts"] == {"total": 2, "of_benchmark": 0, "whole_list": False}
+    assert benchmark["prompts"] == {
+        "total": 2, "of_benchmark": 0, "whole_list": False, "without_scoring_text": 0,
+    }  # fmt: skip
     assert benchmark["videos"] == {"expected": 2, "scored": 2, "rejected": {}}
-    assert any("0 of the benchmark's 700 prompts" in said for said in benchmark["warnings"])
+    assert any("videos of 0 of the benchmark's 700 prompts" in said for said in benchmark["warnings"])
     for mode in ("compat", "fixed"):
         said = benchmark["modes"][mode]
         metrics = said["metrics"]
@@ -183,11 +185,13 @@ def in_process(module: str, job: str, *, world_size: int, work: Path, name: str,
     main(job)
 
 
-def test_plain_averages_leave_out_what_is_no_percentage_and_turn_errors_around() -> None:
+def test_plain_averages_impute_nothing_and_turn_errors_around() -> None:
+    """Given where all metrics of an aspect are; what is no percentage is left out."""
     averages = plain_averages({"VQA_A": 40.0, "VQA_T": 60.0, "IS": 17.0, "Flow_Score": 3.0, "Warping_Error": 0.25})
-    assert averages == {"visual_quality": 50.0, "temporal_consistency": 75.0}
-    assert plain_averages({"Action_Score": 70.0, "Motion_AC_Score": 50.0})["motion_quality"] == 60.0
-    assert plain_averages({"OCR_Score": 0.0})["text_video_alignment"] == 100.0
+    assert averages == {"visual_quality": 50.0}
+    assert plain_averages({"Action_Score": 70.0, "Motion_AC_Score": 50.0}) == {"motion_quality": 60.0}
+    temporal = {"CLIP_Temp": 90.0, "Face_Consistency": 95.0, "Warping_Error": 0.25}
+    assert plain_averages(temporal)["temporal_consistency"] == pytest.approx((90 + 95 + 75) / 3)
 
 
 def whole(raw: dict[str, float]) -> dict[str, dict[str, object]]:

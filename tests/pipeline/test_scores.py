@@ -50,7 +50,7 @@ def test_what_is_not_measured_is_in_the_exit_code_and_in_words(
     assert main([*given, "--metrics", "Flow_Score", "CLIP_Temp", "--compare", "VideoCrafter2"]) == 3
     said = capsys.readouterr().out
     assert "not measured: CLIP_Temp: weights not found: clip-vit-b-32" in said
-    assert "not given: Total: needs" in said and "VideoCrafter2 (2024.01)" in said and "63.98" in said
+    assert "not given: Temporal consistency: needs" in said and "VideoCrafter2 (2024.01)" in said and "63.98" in said
     assert main([*given, "--metrics", "Flow_Score", "CLIP_Temp", "--allow-unmeasured", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     modes = told["benchmark"]["modes"]

@@ -25,7 +25,9 @@ NAMES_WIDTH, DOTS_WIDTH, ROW_HEIGHT = 180, 116, 21  # of a ranking
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, about `count` steps apart."""
-    span = max(high - low, 1e-12)
+    least = 1e-6 * max(abs(low), abs(high), 1e-3)  # below, floating-point numbers are as good as equal
+    low, high = (low, high) if high - low > least else (low - least / 2, high + least / 2)
+    span = high - low
     power = 10 ** math.floor(math.log10(span / count))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * count >= span * 0.999)
     first = math.floor(low / step + 1e-9)
@@ -114,8 +116,9 @@ def histogram_svg(name: str, series: Mapping[str, Sequence[float]]) -> str:
         return f'<p class="empty">{escape(name)}: no values.</p>'
     everything = [value for values in drawn.values() for value in values]
     marks = ticks(min(everything), max(everything), 4)
-    if len(marks) == 1:
-        marks = [marks[0] - 0.5, marks[0], marks[0] + 0.5]
+    if math.isclose(min(everything), max(everything), rel_tol=1e-6, abs_tol=1e-9):
+        middle = float(f"{everything[0]:.4g}")
+        marks = [middle - 0.5, middle, middle + 0.5]
     low, high, left, bottom, top = marks[0], marks[-1], 8, BARS_HEIGHT - 24, 10
     step = (BARS_WIDTH - 2 * left) / BINS
 

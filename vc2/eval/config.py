@@ -7,14 +7,15 @@ same videos.
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from vc2.config import Config, digest, knob
+from vc2.config import Config, knob
 from vc2.errors import ConfigError
 from vc2.eval.formulas import Mode
-from vc2.eval.metrics import EVALCRAFTER, METRICS, MODES, MetricName, Needs, modes_of, why_not
+from vc2.eval.metrics import EVALCRAFTER, METRICS, MODES, Given, MetricName, modes_of, what_it_takes
 from vc2.eval.prompts import Prompt, attributes_digest, check_ids, load_prompts, prompts_digest
 from vc2.model.config import SamplerConfig
+from vc2.pretrained import WEIGHTS
 
 __all__ = ["EvaluateStage", "Prompt", "SampleStage", "load_prompts", "prompts_digest"]
 
@@ -102,10 +103,19 @@ class EvaluateStage(SampleStage):
     )
     compare: tuple[str, ...] = Field((), description="published rows to lay beside ours in the report; empty: all")
     attributes_digest: str = Field("", description="digest of what is known of a file's prompts: filled in when bound")
-    given_digest: str = Field("", description="digest of references and photos: filled in when bound")
-    not_measured: tuple[str, ...] = Field(
-        (), description="metrics that lack weights or data: filled in when bound, so that what arrives is measured"
+    measured_with: dict[str, str] = Field(
+        {}, description="metric/mode -> digest of weights and data: filled in when bound, so that others score anew"
     )
+    not_measured: dict[str, str] = Field(
+        {}, description="metric/mode -> what it lacks: filled in when bound, so that what arrives is measured"
+    )
+
+    @field_validator("files")
+    @classmethod
+    def _are_known(cls, files: dict[str, str]) -> dict[str, str]:
+        if strange := [name for name in files if name not in WEIGHTS]:
+            raise ValueError(f"no weights are called {strange[0]!r}; `vc2 doctor` lists those that are")
+        return files
 
     def sampling(self) -> SampleStage:
         """The part that decides the videos: two evaluations that differ in scores alone share them."""
@@ -115,11 +125,17 @@ class EvaluateStage(SampleStage):
         return super()._bound(file, prompts).evolve(attributes_digest=attributes_digest(prompts))
 
     def with_metrics(self) -> Self:
-        """A copy that names the metrics which cannot be measured here and the data that others are measured with."""
-        given = {place: _listing(Path(place)) for place in (self.references, self.photos) if place}
-        return self.evolve(
-            not_measured=tuple(self.missing()), given_digest=digest(list(given.values())) if given else ""
-        )
+        """A copy that names what each metric is measured with, or what it lacks. One that does so already is kept, so
+        that all who work on a run agree. Asks no network, reads no weights but those given by path."""
+        asked = [(name, mode) for name in self.metric_names() for mode in modes_of(METRICS[name], self.modes)]
+        if {*self.measured_with, *self.not_measured} == {f"{name}/{mode}" for name, mode in asked}:
+            return self
+        given = Given(self.flow, self.references, self.photos, self.files)
+        measured_with, not_measured = {}, {}
+        for name, mode in asked:
+            lacks, found = what_it_takes(METRICS[name], mode, given)
+            (not_measured if lacks else measured_with)[f"{name}/{mode}"] = lacks or found
+        return self.evolve(measured_with=measured_with, not_measured=not_measured)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -133,19 +149,5 @@ class EvaluateStage(SampleStage):
         return tuple(name for name in METRICS if name in asked)
 
     def missing(self) -> dict[str, str]:
-        """`metric/mode` -> why it cannot be measured. Asks no network, reads no weights."""
-        needs = Needs(self.flow, self.references, self.photos, self.files)
-        return {
-            f"{name}/{mode}": reason
-            for name in self.metric_names()
-            for mode in modes_of(METRICS[name], self.modes)
-            if (reason := why_not(METRICS[name], mode, needs))
-        }
-
-
-def _listing(folder: Path) -> list[list[str | int]]:
-    """Names and sizes of the files in a folder: enough to notice other ones without reading them."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; check evaluation.references and evaluation.photos")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in files]
+        """`metric/mode` -> why it cannot be measured."""
+        return self.with_metrics().not_measured

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from vc2.artifacts import FileEntry, Manifest, SampleSet, commit, find, fingerprint, put_file, put_object
+from vc2.artifacts import Manifest, SampleSet, commit, find, fingerprint, put_file, put_object
+from vc2.config import digest
 from vc2.data.decode import Decoder
-from vc2.data.media import MediaError
+from vc2.data.media import Facts, MediaError
 from vc2.errors import SourceError
-from vc2.eval.config import Prompt, prompts_digest
+from vc2.eval.config import Prompt
 from vc2.eval.generate import samples_prefix
+from vc2.eval.prompts import attributes_digest, prompts_digest
 from vc2.progress import Progress, silent
 from vc2.storage import Store, file_digest
 
@@ -71,33 +73,33 @@ def import_folder(folder: Path, prompts: Sequence[Prompt], store: Store, *, prog
             + (f"; they are called like {files[0].name!r}, prompts have ids like {prompts[0].id!r}" if files else "")
             + f"; call them <id>.mp4 (read are {', '.join(ENDINGS)})"
         )
-    digests = {name: file_digest(path).sha256 for name, path in paired.items()}
+    unreadable: dict[str, str] = {}
+    facts: dict[str, Facts] = {}
+    with Decoder(PROBE_SECONDS) as decoder:
+        for number, (video, path) in enumerate(sorted(paired.items()), 1):
+            try:
+                facts[video] = decoder.probe("film", path)
+            except MediaError as error:
+                unreadable[video] = str(error)
+            progress("videos", number, len(paired), unreadable=len(unreadable))
+    if not facts:
+        video, why = next(iter(unreadable.items()))
+        raise SourceError(f"{folder}: none of {len(paired)} videos can be read ({paired[video].name}: {why})")
+    digests = {name: file_digest(paired[name]).sha256 for name in sorted(facts)}
+    others = [sorted(path.name for path in paths) for paths in (second, strange)]
     name = fingerprint(
-        "import", STAGE_VERSION, {}, {"prompts": prompts_digest(prompts), "files": str(sorted(digests.items()))}
+        "import",
+        STAGE_VERSION,
+        {"unreadable": unreadable, "others": others},
+        {"prompts": prompts_digest(prompts), "known": attributes_digest(prompts), "files": digest(digests)},
     )
     prefix = samples_prefix(name)
     if done := find(store, prefix, SampleSet):
         return done
-    entries: list[FileEntry] = []
-    unreadable: dict[str, str] = {}
-    sizes: Counter[str] = Counter()
-    rates: Counter[str] = Counter()
-    lengths: Counter[str] = Counter()
-    with Decoder(PROBE_SECONDS) as decoder:
-        for number, (video, path) in enumerate(sorted(paired.items()), 1):
-            try:
-                facts = decoder.probe("film", path)
-            except MediaError as error:
-                unreadable[video] = str(error)
-            else:
-                sizes[f"{facts.width}x{facts.height}"] += 1
-                rates[f"{float(Fraction(facts.rate)):g}"] += 1
-                lengths[str(facts.frames)] += 1
-                entries.append(put_object(store, path, f"{video}{path.suffix.lower()}"))
-            progress("videos", number, len(paired), unreadable=len(unreadable))
-    if not entries:
-        video, why = next(iter(unreadable.items()))
-        raise SourceError(f"{folder}: none of {len(paired)} videos can be read ({paired[video].name}: {why})")
+    entries = [put_object(store, paired[video], f"{video}{paired[video].suffix.lower()}") for video in sorted(facts)]
+    sizes = Counter(f"{of_one.width}x{of_one.height}" for of_one in facts.values())
+    rates = Counter(f"{float(Fraction(of_one.rate)):g}" for of_one in facts.values())
+    lengths = Counter(str(of_one.frames) for of_one in facts.values())
     lines = [
         {"id": prompt.id, "prompt": prompt.text, "attributes": prompt.attributes, "file": paired[prompt.id].name}
         for prompt in prompts

@@ -227,9 +227,9 @@ def color_score(frames: np.ndarray, masks: np.ndarray, wanted: str, mode: Mode) 
     """Share of the frames looked at in which the object has the wanted colour.
 
     compat: the mean of hue times instance number over the pixels where that is not zero. Flaws: hue is circular, so
-    the mean of two reds is green or blue; instance 2 counts double; white and black have no hue; a frame without the
-    object is called red. fixed: the commonest colour name of the object's pixels, see `frame_color`; no object is no
-    colour.
+    the mean of two reds is green or blue; instance 2 counts double (and wraps around at 256 in the program, which is
+    not followed here); white and black have no hue; a frame without the object is called red. fixed: the commonest
+    colour name of the object's pixels, see `frame_color`; no object is no colour.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB.
@@ -364,6 +364,8 @@ def motion_ac(flow: float, wanted: str, mode: Mode) -> float:
 def half_size(frames: np.ndarray) -> np.ndarray:
     """Frames halved by bilinear interpolation with half-pixel centres: (T, H, W, 3) in, (T, H // 2, W // 2, 3) out."""
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
+    if not height or not width:
+        raise NoValue(f"frames of {frames.shape[2]}x{frames.shape[1]} cannot be halved")
     even = frames[:, :height, :width]
     return (even[:, ::2, ::2] + even[:, 1::2, ::2] + even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 4
 

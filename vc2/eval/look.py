@@ -12,6 +12,8 @@ in bounded batches. Networks are loaded when they are first needed, and stay.
 Shapes: T frames, H x W pixels, P = T - 1 pairs.
 """
 
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,20 +23,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vc2 import pretrained
-from vc2.errors import PretrainedMissing, SourceError
+from vc2.errors import ConfigError, PretrainedMissing, SourceError, WeightsError
 from vc2.eval import formulas, vbench
 from vc2.eval.config import EvaluateStage
+from vc2.eval.dover_scores import NUM_CLIPS, frame_indices, fused
 from vc2.eval.formulas import Mode, NoValue
 from vc2.eval.metrics import METRICS
 from vc2.eval.prompts import Prompt, detection_classes, scoring_text
-from vc2.seeding import derive_seed
+from vc2.seeding import derive_seed, generator
 
 if TYPE_CHECKING:
     import torch
 
     from vc2.eval.networks.clip import Clip, Preparation
+    from vc2.eval.networks.dover import RawScores
 
 __all__ = ["READINGS", "Look", "Networks", "Reading", "read"]
+
+
+PART_PIXELS = 2**23  # of frames in float64 at once, where pairs are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class Reading:
     frames: int = 0  #: how many frames it is made from
     reason: str = ""  #: why there is no value, or what is strange about it
     weight: float = 1.0  #: in the mean over videos: detection counts once for each class
+    passing: bool = False  #: whether it may be otherwise next time
     rows: np.ndarray | None = None  #: what is pooled over all videos (class probabilities), (T, K)
 
 
@@ -54,10 +62,14 @@ class Networks:
     def __init__(self, config: EvaluateStage, device: "torch.device", cache: Path | None = None) -> None:
         self.config, self.device, self.cache = config, device, cache
         self._texts: dict[str, np.ndarray] = {}
+        self.trouble: dict[tuple[str, Mode], Reading] = {}  #: of metrics whose networks cannot be loaded
+
+    def _given(self, name: str) -> Path | None:
+        given = self.config.files.get(name)
+        return Path(given) if given else None
 
     def _file(self, name: str) -> Path:
-        given = self.config.files.get(name)
-        return pretrained.resolve(name, path=Path(given) if given else None, cache=self.cache)
+        return pretrained.resolve(name, path=self._given(name), cache=self.cache)
 
     def _folder(self, name: str) -> Path:
         """The folder of weights of several files; where one is given by path, itself or a file in it."""
@@ -110,7 +122,7 @@ class Networks:
     def reader(self) -> Any:
         from vc2.eval.networks.ocr import TextReader
 
-        return TextReader.load(device=self.device)
+        return TextReader.load(self._given("rapidocr"), self.device)
 
     @cached_property
     def actions(self) -> Any:
@@ -133,7 +145,7 @@ class Networks:
     def dlib_faces(self) -> Any:
         from vc2.eval.networks.faces import DlibFaces
 
-        return DlibFaces.load(None, self.device)
+        return DlibFaces.load(self._given("dlib-faces"), self.device)
 
     @cached_property
     def references(self) -> Any:
@@ -212,6 +224,9 @@ class Look:
     def warping_errors(self, mode: Mode) -> list[float]:
         """Warping error of every pair. In compat the network is given 0..1 where it expects 0..255: a flaw."""
         reach = 255.0 if mode == "fixed" or self.networks.config.flow == "dis" else 1.0
+        return self.once(("warping", reach), lambda: self._warping_errors(reach))
+
+    def _warping_errors(self, reach: float) -> list[float]:
         errors: list[float] = []
         for first, second in self.pairs(self.frames):
             small = [formulas.padded(formulas.half_size(frames.astype(np.float64) / 255)) for frames in (first, second)]
@@ -225,16 +240,23 @@ class Look:
         """Neighbouring frames in parts of at most `batch` pairs: those that come first, those that follow."""
         if len(frames) < 2:
             raise NoValue(f"needs two frames, has {len(frames)}")
-        starts = range(0, len(frames) - 1, self.batch)
-        ends = [min(start + self.batch, len(frames) - 1) for start in starts]
+        step = max(1, min(self.batch, PART_PIXELS // (frames.shape[1] * frames.shape[2])))
+        starts = range(0, len(frames) - 1, step)
+        ends = [min(start + step, len(frames) - 1) for start in starts]
         return [(frames[a:b], frames[a + 1 : b + 1]) for a, b in zip(starts, ends, strict=True)]
 
-    def dover(self, mode: Mode) -> Any:
-        """Raw scores of DOVER's two branches."""
+    def dover(self, mode: Mode) -> "tuple[RawScores, int]":
+        """Raw scores of DOVER's two branches, and how many different frames these are shown."""
+        return self.once(("dover", mode), lambda: self._dover(mode))
+
+    def _dover(self, mode: Mode) -> "tuple[RawScores, int]":
         seed = derive_seed(self.networks.config.dover_seed, "dover", self.prompt.id)
-        return self.once(
-            ("dover", mode), lambda: self.networks.dover.raw_scores(self.frames, seed=seed, mode=mode, batch_clips=1)
-        )
+        raw = self.networks.dover.raw_scores(self.frames, seed=seed, mode=mode, batch_clips=1)
+        shown = [
+            frame_indices(branch, len(self.frames), mode, generator(seed, "dover", branch, "frames"))  # as `clips` does
+            for branch in NUM_CLIPS
+        ]
+        return raw, len(np.unique(np.concatenate(shown)))
 
     def track(self, phrase: str, mode: Mode) -> Any:
         """Where instances of a phrase are in the frames looked at."""
@@ -249,11 +271,9 @@ def _mean_of_parts(parts: "list[tuple[int, float]]") -> float:
 
 
 def _vqa(look: Look, mode: Mode, which: str) -> Reading:
-    from vc2.eval.dover_scores import fused
-
-    raw = look.dover(mode)
+    raw, num_frames = look.dover(mode)
     scores = fused(raw.aesthetic, raw.technical, first=look.networks.config.dover_first)
-    return Reading(float(getattr(scores, which)), raw.frames)
+    return Reading(float(getattr(scores, which)), num_frames)
 
 
 def _inception(look: Look, mode: Mode) -> Reading:
@@ -282,12 +302,17 @@ def _face_consistency(look: Look, mode: Mode) -> Reading:
 
 
 def _sd_score(look: Look, mode: Mode) -> Reading:
-    how = "unit" if mode == "compat" else "proper"
+    from vc2.eval.networks.references import prompt_digest
+
+    how, of_all = "unit" if mode == "compat" else "proper", look.networks.references
+    words = prompt_digest(scoring_text(look.prompt, "compat"))  # as upstream paints them, for both modes
+    if of_all.prompts.get(look.prompt.id, words) != words:
+        raise NoValue("the reference images were painted of other words")
     try:
-        images = look.networks.references.images(look.prompt.id, look.prompt.text)
+        images = of_all.images(look.prompt.id)
     except PretrainedMissing:
         raise NoValue("no reference images of this prompt") from None
-    references = np.concatenate([look.networks.clip.frames(image[None], how) for image in images])
+    references = np.concatenate([look.networks.clip.frames(np.array(image)[None], how) for image in images])
     return Reading(formulas.sd_score(look.clip(_resized(mode)), references), len(look.frames))
 
 
@@ -329,12 +354,13 @@ def _ocr(look: Look, mode: Mode) -> Reading:
 def _celebrity(look: Look, mode: Mode) -> Reading:
     from vc2.eval.networks.photos import photos_of
 
-    try:
-        photos = photos_of(Path(look.networks.config.photos), look.prompt.attributes["celebrity"] or look.prompt.text)
-    except SourceError as error:
-        raise NoValue(str(error)) from None
+    folder = look.networks.config.photos
     faces = look.networks.vgg_faces if mode == "compat" else look.networks.dlib_faces
-    distances = faces.distances(look.frames, photos).distances
+    try:
+        photos = photos_of(Path(folder), look.prompt.attributes["celebrity"] or look.prompt.text)
+        distances = faces.distances(look.frames, photos).distances
+    except (SourceError, ConfigError) as error:  # nobody of that name, a damaged photograph, none with a face
+        raise NoValue(str(error).replace(f"{folder}: ", "").replace(f"{folder}/", "")) from None
     return Reading(formulas.celebrity_distance(distances), len(distances))
 
 
@@ -393,7 +419,10 @@ def _dynamic(look: Look, mode: Mode) -> Reading:
         for first, second in look.pairs(frames):
             yield from look.networks.flow.between(first, second, batch=look.batch)
 
-    value = vbench.dynamic_degree(flows(), num_frames=len(frames), height=height, width=width, mode=mode)
+    value = look.once(
+        ("dynamic", mode if len(frames) == 2 else "both"),  # of more frames than two both modes say the same
+        lambda: vbench.dynamic_degree(flows(), num_frames=len(frames), height=height, width=width, mode=mode),
+    )
     return Reading(value, len(frames))
 
 
@@ -436,8 +465,19 @@ assert READINGS.keys() == METRICS.keys()
 
 
 def read(name: str, mode: Mode, look: Look) -> Reading:
-    """One metric of a video; a reason where it has no value."""
+    """One metric of a video; a reason where it has no value. Weights that cannot be loaded cost the metrics that need
+    them, not the others, and are tried once."""
+    trouble = look.networks.trouble
     try:
-        return READINGS[name](look, mode)
+        return trouble.get((name, mode)) or READINGS[name](look, mode)
     except NoValue as reason:
         return Reading(None, len(look.frames), str(reason))
+    except (PretrainedMissing, WeightsError) as error:
+        trouble[name, mode] = Reading(None, 0, f"cannot be measured: {error}", passing=True)
+        return trouble[name, mode]
+    except Exception as error:  # a strange video costs its own value; what is the machine's trouble ends the rank
+        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "CUDA" in str(error):
+            raise
+        print(f"{look.prompt.id}: {name} ({mode}) failed", file=sys.stderr)
+        traceback.print_exception(error)
+        return Reading(None, len(look.frames), f"failed: {type(error).__name__}: {str(error)[:200]}", passing=True)

@@ -7,7 +7,7 @@ not talk to each other; each computes with one CPU thread, so their number chang
 therefore `world_size`.
 
     samples/<fingerprint>/readings/<settings>/<id>.jsonl     lines of a video
-    samples/<fingerprint>/readings/<settings>/<id>.IS.npy    class probabilities of its frames, pooled over all videos
+    samples/<fingerprint>/readings/<settings>/<id>.IS.*.npy  class probabilities of its frames, pooled over all videos
 """
 
 import hashlib
@@ -24,17 +24,19 @@ from pydantic import ValidationError
 from vc2 import pretrained
 from vc2.artifacts import Manifest, SampleSet, load_manifest
 from vc2.config import Config, digest
+from vc2.errors import StoreError
 from vc2.eval.config import EvaluateStage
 from vc2.eval.formulas import Mode, NoValue, pooled_inception_score
 from vc2.eval.generate import Launch
 from vc2.eval.look import Look, Networks, Reading, read
-from vc2.eval.metrics import METRICS, Metric, Video, modes_of
+from vc2.eval.metrics import METRICS, Given, Metric, Video, modes_of
 from vc2.eval.prompts import Prompt, detection_classes, scoring_text
 from vc2.launch import run_ranks
 from vc2.progress import Progress, silent
 from vc2.storage import Store
 
 __all__ = [
+    "UNREADABLE",
     "Line",
     "MeasureJob",
     "Task",
@@ -46,9 +48,12 @@ __all__ = [
     "pooled",
     "rows_key",
     "take_lines",
+    "unreadable",
     "videos_of",
 ]
 
+UNREADABLE = "unreadable: "  # how the reasons of such lines begin
+ATTEMPTS = 3  # at lines that another run may overwrite at the same moment
 LAYOUT_VERSION = 1  # of the lines; what a metric says has a version of its own in the table
 
 
@@ -64,6 +69,7 @@ class Line(Config):
     weight: float = 1.0  #: in the mean over videos
     weights: dict[str, str] = {}  #: sha256 of the networks' weights, or versions of packages
     asked: str = ""  #: digest of all that decides the value
+    passing: bool = False  #: whether it may be otherwise next time: a deadline, weights that cannot be loaded
 
 
 class Task(Config):
@@ -83,7 +89,6 @@ class MeasureJob(Config):
     config: EvaluateStage
     tasks: tuple[Task, ...]
     weights: dict[str, dict[str, str]]  #: of each `metric/mode`
-    cache: str  #: folder for weights
 
 
 def applies(metric: Metric, prompt: Prompt, mode: Mode) -> bool:
@@ -115,9 +120,9 @@ def measure(
 # ---- lines ----
 
 
-def lines_folder(config: EvaluateStage, samples: SampleSet) -> str:
+def lines_folder(config: EvaluateStage, samples: SampleSet, repeat: int = 0) -> str:
     """Where the lines of a sample set lie: settings that change numbers, and no metric or mode, have folders apart."""
-    settings = [LAYOUT_VERSION, config.flow, config.dover_first, config.dover_seed]
+    settings = [LAYOUT_VERSION, config.flow, config.dover_first, config.dover_seed, *([repeat] if repeat else [])]
     return f"{samples.prefix}/readings/{digest(settings)[:16]}"
 
 
@@ -125,8 +130,9 @@ def lines_key(prefix: str, video: str) -> str:
     return f"{prefix}/{video}.jsonl"
 
 
-def rows_key(prefix: str, video: str) -> str:
-    return f"{prefix}/{video}.IS.npy"
+def rows_key(prefix: str, line: Line) -> str:
+    """Where the class probabilities behind a line lie."""
+    return f"{prefix}/{line.id}.IS.{line.asked}.npy"
 
 
 def line_of(prompt: Prompt, metric: str, mode: Mode, reading: Reading, weights: Mapping[str, str]) -> Line:
@@ -142,6 +148,7 @@ def line_of(prompt: Prompt, metric: str, mode: Mode, reading: Reading, weights: 
         weight=reading.weight,
         weights=dict(weights),
         asked=asked_of(prompt, metric, weights),
+        passing=reading.passing,
     )
 
 
@@ -168,86 +175,88 @@ def take_lines(
     work: Path,
     samples: SampleSet,
     *,
+    repeat: int = 0,
     progress: Progress = silent,
     launch: Launch = run_ranks,
 ) -> list[Line]:
     """All that the metrics asked for say of a sample set's videos, by id, metric and mode. Safe to repeat.
 
-    Metrics that cannot be measured here (`config.missing()`) are left out. A video that could not be read has, as in
-    the published program, the value 0 in DOVER's compat mode.
+    Metrics that cannot be measured (`config.missing()`) are left out. A video that cannot be read has, as in the
+    published program, the value 0 in DOVER's compat mode.
 
     Args:
         config: What to measure; its prompts are those of the samples.
-        store, work: Where artifacts are; a folder for the job, its logs and fetched weights.
+        store, work: Where artifacts are; a folder for the job and its logs.
         samples: The videos.
+        repeat: Another number measures all once more.
         progress: Told as videos are done.
         launch: Starts the ranks and waits for them.
 
     Raises:
         LaunchFailed: If a rank ends with an error.
+        PretrainedMissing, WeightsError: If weights that the config is bound to are not on this machine, or damaged.
+        StoreError: If lines that were written do not stay.
     """
-    manifest, prefix, missing = load_manifest(store, samples.prefix), lines_folder(config, samples), config.missing()
-    cache = work / "cache" / "weights"
+    config = config.with_metrics()
+    manifest, prefix = load_manifest(store, samples.prefix), lines_folder(config, samples, repeat)
     wanted: list[tuple[str, Mode]] = [
         (name, mode)
         for name in config.metric_names()
         for mode in modes_of(METRICS[name], config.modes)
-        if f"{name}/{mode}" not in missing
+        if f"{name}/{mode}" not in config.not_measured
     ]
-    weights = {f"{name}/{mode}": weights_of(name, mode, config, cache) for name, mode in wanted}
+    weights = {f"{name}/{mode}": weights_of(name, mode, config) for name, mode in wanted}
     files = videos_of(manifest)
-    prompts = [prompt for prompt in config.all_prompts() if prompt.id in files]
-    kept: dict[str, list[Line]] = {}
-    tasks = []
-    for prompt in prompts:
-        asked = {
+    asked = {
+        prompt.id: {
             f"{name}/{mode}": asked_of(prompt, name, weights[f"{name}/{mode}"])
             for name, mode in wanted
             if applies(METRICS[name], prompt, mode)
         }
-        there = {f"{line.metric}/{line.mode}": line for line in read_lines(store, prefix, prompt.id)}
-        kept[prompt.id] = [there[which] for which in asked if which in there and there[which].asked == asked[which]]
-        done = {f"{line.metric}/{line.mode}" for line in kept[prompt.id]}
-        if todo := tuple(which for which in asked if which not in done):
-            entry = files[prompt.id]
-            tasks.append(Task(id=prompt.id, file=entry.key, sha256=entry.sha256, wanted=todo))
-    progress("metrics", len(prompts) - len(tasks), len(prompts))
-    if tasks:
-        _run(config, store, work, samples, prefix, tasks, weights, progress, launch)
-        for task in tasks:
-            lines = {f"{line.metric}/{line.mode}": line for line in read_lines(store, prefix, task.id)}
-            kept[task.id] += [lines[which] for which in task.wanted]
-    kept |= _failed(config, manifest, wanted)
+        for prompt in config.all_prompts()
+        if prompt.id in files
+    }
+    kept: dict[str, dict[str, Line]] = {}
+    for attempt in range(1 + ATTEMPTS):
+        kept = {video: _kept(store, prefix, video, asked[video], passing=attempt > 0) for video in asked}
+        tasks = [
+            Task(id=video, file=files[video].key, sha256=files[video].sha256, wanted=todo)
+            for video in asked
+            if (todo := tuple(which for which in asked[video] if which not in kept[video]))
+        ]
+        progress("metrics", len(asked) - len(tasks), len(asked))
+        if not tasks:
+            break
+        if attempt == ATTEMPTS:
+            raise StoreError(f"{store.uri}/{prefix}: lines of {tasks[0].id} do not stay; does another run delete them?")
+        job = MeasureJob(store=store.uri, prefix=prefix, config=config, tasks=tuple(tasks), weights=weights)
+        _run(job, work, progress, launch)
+    lines = {video: list(found.values()) for video, found in kept.items()} | _failed(config, manifest, wanted)
     order = {which: number for number, which in enumerate(weights)}
     return [
-        line for video in sorted(kept) for line in sorted(kept[video], key=lambda ln: order[f"{ln.metric}/{ln.mode}"])
+        line for video in sorted(lines) for line in sorted(lines[video], key=lambda ln: order[f"{ln.metric}/{ln.mode}"])
     ]
 
 
-def _run(
-    config: EvaluateStage,
-    store: Store,
-    work: Path,
-    samples: SampleSet,
-    prefix: str,
-    tasks: Sequence[Task],
-    weights: Mapping[str, Mapping[str, str]],
-    progress: Progress,
-    launch: Launch,
-) -> None:
-    job = MeasureJob(
-        store=store.uri,
-        prefix=prefix,
-        config=config,
-        tasks=tuple(tasks),
-        weights={which: dict(digests) for which, digests in weights.items()},
-        cache=str(work / "cache" / "weights"),
-    )
-    path = work / "jobs" / f"measure-{samples.fingerprint[:16]}.json"
+def _kept(store: Store, prefix: str, video: str, asked: Mapping[str, str], *, passing: bool) -> dict[str, Line]:
+    """The lines of a video that answer what is asked; with `passing` also those that may be otherwise next time."""
+    found = {f"{line.metric}/{line.mode}": line for line in read_lines(store, prefix, video)}
+    return {
+        which: line
+        for which, line in found.items()
+        if line.asked == asked.get(which)
+        and (passing or not line.passing)
+        and (line.metric != "IS" or line.value is None or store.entry(rows_key(prefix, line)) is not None)
+    }
+
+
+def _run(job: MeasureJob, work: Path, progress: Progress, launch: Launch) -> None:
+    text = job.model_dump_json()
+    name = f"measure-{hashlib.sha256(text.encode()).hexdigest()[:12]}"  # other runs on the same videos have other jobs
+    path = work / "jobs" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(job.model_dump_json())
-    ranks = min(config.world_size, len(tasks))
-    name = f"measure-{samples.fingerprint[:8]}"
+    path.write_text(text)
+    ranks = min(job.config.world_size, len(job.tasks))
     launch("vc2.eval.measure_rank", str(path), world_size=ranks, work=work, name=name, progress=progress)
 
 
@@ -260,8 +269,8 @@ def _failed(config: EvaluateStage, manifest: Manifest, wanted: Sequence[tuple[st
                 id=video,
                 metric=name,
                 mode=mode,
-                value=0.0 if mode == "compat" and name in ("VQA_A", "VQA_T") else None,
-                reason=f"unreadable: {why}",
+                value=unreadable(name, mode, why).value,
+                reason=unreadable(name, mode, why).reason,
             )
             for name, mode in wanted
             if applies(METRICS[name], by_id[video], mode)
@@ -271,33 +280,30 @@ def _failed(config: EvaluateStage, manifest: Manifest, wanted: Sequence[tuple[st
     }
 
 
+def unreadable(name: str, mode: Mode, why: str, passing: bool = False) -> Reading:
+    """What a metric says of a video that cannot be read: 0 where the published program counts it so, else nothing."""
+    counts_zero = mode == "compat" and name in ("VQA_A", "VQA_T")
+    return Reading(0.0 if counts_zero else None, 0, f"{UNREADABLE}{why}", passing=passing)
+
+
 def videos_of(manifest: Manifest) -> dict[str, Any]:
     """The entries of a sample set's videos by id."""
     return {Path(entry.name).stem: entry for entry in manifest.files if Path(entry.name).suffix != ".jsonl"}
 
 
-def weights_of(name: str, mode: Mode, config: EvaluateStage, cache: Path | None = None) -> dict[str, str]:
-    """What a metric's networks are filled with: sha256 by name, versions of packages, digests of what the user gave."""
+def weights_of(name: str, mode: Mode, config: EvaluateStage) -> dict[str, str]:
+    """What a metric's networks are filled with: sha256 by name, versions of packages, digests of what the user gave.
+
+    Raises:
+        PretrainedMissing: If weights that the metric is planned to be measured with are not on this machine.
+    """
     metric = METRICS[name]
     found = {}
     for weight in metric.weights_in(mode, config.flow):
         given = config.files.get(weight)
-        found[weight] = pretrained.identity(weight, path=Path(given) if given else None, cache=cache)
-    if "references" in metric.needs:
-        from vc2.eval.networks.references import load_references
-
-        found["references"] = load_references(Path(config.references)).digest
-    if "photos" in metric.needs:
-        found["photos"] = folder_digest(Path(config.photos))
-    return found
-
-
-def folder_digest(folder: Path) -> str:
-    """sha256 over the names and contents of all files in a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest(
-        [[path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
-    )
+        found[weight] = pretrained.identity(weight, path=Path(given) if given else None)
+    given_data = Given(config.flow, config.references, config.photos, config.files)
+    return found | {need: given_data.data(need)[1] for need in metric.needs}
 
 
 # ---- from lines to one number ----
@@ -332,4 +338,4 @@ def pooled(
 
 def _rows(store: Store, prefix: str, lines: Sequence[Line]) -> Iterator[np.ndarray]:
     for line in lines:
-        yield np.load(io.BytesIO(store.read(rows_key(prefix, line.id))), allow_pickle=False)
+        yield np.load(io.BytesIO(store.read(rows_key(prefix, line))), allow_pickle=False)

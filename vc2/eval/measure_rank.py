@@ -15,10 +15,11 @@ import numpy as np
 
 from vc2.data.decode import Decoder
 from vc2.data.media import MediaError
+from vc2.data.rejects import RejectReason
 from vc2.errors import ShardCorrupted
 from vc2.eval.formulas import Mode
-from vc2.eval.look import Look, Networks, Reading, read
-from vc2.eval.measure import Line, MeasureJob, Task, line_of, lines_key, read_lines, rows_key
+from vc2.eval.look import Look, Networks, read
+from vc2.eval.measure import Line, MeasureJob, Task, line_of, lines_key, read_lines, rows_key, unreadable
 from vc2.eval.prompts import Prompt
 from vc2.eval.ranks import device_of
 from vc2.launch import report, run_rank, this_rank
@@ -33,7 +34,7 @@ def main(job_path: str) -> None:
     """Do this rank's share of a job."""
     job = MeasureJob.model_validate_json(Path(job_path).read_text())
     rank, store = this_rank(), open_store(job.store)
-    networks = Networks(job.config, device_of(job.config.device, rank.local_rank), Path(job.cache))
+    networks = Networks(job.config, device_of(job.config.device, rank.local_rank))
     prompts = {prompt.id: prompt for prompt in job.config.all_prompts()}
     share = job.tasks[rank.rank :: rank.world_size]
     with Decoder(DECODE_SECONDS) as decoder:
@@ -48,24 +49,26 @@ def _do(job: MeasureJob, store: Store, networks: Networks, decoder: Decoder, pro
         raise ShardCorrupted(
             f"{task.file}: sha256 {found[:12]}, manifest says {task.sha256[:12]}; delete the samples, make them again"
         )
+    look, failure = None, None
     try:
         frames, facts = decoder.frames(data)
-        look, unreadable = Look(prompt, frames, float(Fraction(facts.rate)), networks), ""
+        look = Look(prompt, frames, float(Fraction(facts.rate)), networks)
     except MediaError as error:
-        look, unreadable = None, f"unreadable: {error}"
-    lines = {f"{line.metric}/{line.mode}": line for line in read_lines(store, job.prefix, task.id)}
+        failure = error
+    made: dict[str, Line] = {}
     for which in task.wanted:
-        reading = _reading(which, look) if look else Reading(None, 0, unreadable)
-        if reading.rows is not None:
-            store.write(rows_key(job.prefix, task.id), _npy(reading.rows))
         metric, mode = _parts(which)
-        lines[which] = line_of(prompt, metric, mode, reading, job.weights[which])
-    store.write(lines_key(job.prefix, task.id), _text(lines.values()).encode())
+        reading = read(metric, mode, look) if look else unreadable(metric, mode, str(failure), _may_pass(failure))
+        made[which] = line_of(prompt, metric, mode, reading, job.weights[which])
+        if reading.rows is not None:
+            store.write(rows_key(job.prefix, made[which]), _npy(reading.rows))
+    there = {f"{line.metric}/{line.mode}": line for line in read_lines(store, job.prefix, task.id)}
+    store.write(lines_key(job.prefix, task.id), _text((there | made).values()).encode())
 
 
-def _reading(which: str, look: Look) -> Reading:
-    metric, mode = _parts(which)
-    return read(metric, mode, look)
+def _may_pass(failure: MediaError | None) -> bool:
+    """Whether it may be the machine's fault and not the file's."""
+    return failure is not None and failure.reason in (RejectReason.DECODE_TIMEOUT, RejectReason.DECODER_CRASHED)
 
 
 def _parts(which: str) -> tuple[str, Mode]:

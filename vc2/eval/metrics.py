@@ -9,14 +9,19 @@ Most metrics have two modes: `compat`, the published program with its flaws, alo
 Flow_Score (pixels).
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from vc2.config import digest
+from vc2.errors import ConfigError
 from vc2.eval.formulas import Mode
-from vc2.pretrained import WEIGHTS, is_available
+from vc2.pretrained import at_hand
 
 __all__ = [
     "ASPECT_NAMES",
@@ -25,12 +30,13 @@ __all__ = [
     "MODES",
     "VBENCH_QUALITY",
     "Aspect",
+    "Given",
     "Metric",
     "MetricName",
-    "Needs",
     "Video",
+    "folder_digest",
     "modes_of",
-    "why_not",
+    "what_it_takes",
 ]
 
 Aspect = Literal["visual_quality", "text_video_alignment", "motion_quality", "temporal_consistency"]
@@ -142,29 +148,70 @@ def modes_of(metric: Metric, asked: Sequence[Mode]) -> tuple[Mode, ...]:
     return ("compat",) if metric.one_mode else tuple(asked)
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What is at hand besides weights."""
+class Given:
+    """What an evaluation has: how flow is estimated, weights, images and photographs. Looked up once each; reads no
+    weights but those given by path, asks no network."""
 
-    flow: Literal["raft", "dis"] = "raft"
-    references: str = ""
-    photos: str = ""
-    files: Mapping[str, str] = field(default_factory=dict)  #: explicit files of weights, by name
+    def __init__(
+        self, flow: str = "raft", references: str = "", photos: str = "", files: Mapping[str, str] | None = None
+    ) -> None:
+        self.flow, self.references, self.photos, self.files = flow, references, photos, dict(files or {})
+        self._known: dict[str, tuple[str, str]] = {}
+
+    def weights(self, name: str) -> tuple[str, str]:
+        """Why weights cannot be used (empty: they can), and what tells them from others."""
+        if name not in self._known:
+            path = self.files.get(name)
+            self._known[name] = at_hand(name, path=Path(path) if path else None)
+        return self._known[name]
+
+    def data(self, need: Need) -> tuple[str, str]:
+        """The same of what only the user has."""
+        if need not in self._known:
+            self._known[need] = _references(self.references) if need == "references" else _photos(self.photos)
+        return self._known[need]
 
 
-def why_not(metric: Metric, mode: Mode, needs: Needs) -> str:
-    """Why a metric cannot be measured; empty if it can. Asks no network and reads no weights."""
-    reasons = []
-    if missing := [
-        name for name in metric.weights_in(mode, needs.flow) if name not in needs.files and not _is_at_hand(name)
-    ]:
+def _references(folder: str) -> tuple[str, str]:
+    if not folder:
+        return "no reference images (evaluation.references; `vc2 references` paints them)", ""
+    try:
+        record = json.loads((Path(folder) / "references.json").read_text(encoding="utf-8"))
+        return ("", str(record["digest"])) if record["complete"] else (f"{folder}: not all images are painted", "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return _files_of(folder, "no images in it")
+
+
+def _photos(folder: str) -> tuple[str, str]:
+    if not folder:
+        return "no folder of photographs of the persons (evaluation.photos)", ""
+    return _files_of(folder, "no photographs in it")
+
+
+def _files_of(folder: str, nothing: str) -> tuple[str, str]:
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder}: no such folder; check evaluation.references and evaluation.photos")
+    found = folder_digest(Path(folder))
+    return ("", found) if found else (f"{folder}: {nothing}", "")
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of all files in a folder; empty if there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = [[path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+    return digest(contents) if files else ""
+
+
+def what_it_takes(metric: Metric, mode: Mode, given: Given) -> tuple[str, str]:
+    """Why a metric cannot be measured (empty: it can), and a digest of what it would be measured with."""
+    reasons, found = [], [str(metric.version)]
+    looked_up = {name: given.weights(name) for name in metric.weights_in(mode, given.flow)}
+    if missing := [name for name, (why, _) in looked_up.items() if why == "not found"]:
         reasons.append(f"weights not found: {', '.join(missing)}")
-    if "references" in metric.needs and not needs.references:
-        reasons.append("no reference images (evaluation.references; `vc2 references` paints them)")
-    if "photos" in metric.needs and not needs.photos:
-        reasons.append("no folder of photographs of the persons (evaluation.photos)")
-    return "; ".join(reasons)
-
-
-def _is_at_hand(name: str) -> bool:
-    return name in WEIGHTS and is_available(name)
+    reasons += [f"{name}: {why}" for name, (why, _) in looked_up.items() if why and why != "not found"]
+    for need in metric.needs:
+        why, what = given.data(need)
+        reasons += [why] if why else []
+        found.append(what)
+    found += [f"{name} {what}" for name, (_, what) in looked_up.items()]
+    return "; ".join(reasons), digest(found)[:16]

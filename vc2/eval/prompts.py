@@ -34,6 +34,7 @@ __all__ = [
     "detection_classes",
     "load_prompts",
     "num_of_benchmark",
+    "num_without_scoring_text",
     "prompts_digest",
     "recognised",
     "scoring_text",
@@ -104,10 +105,10 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
             raise ConfigError(f"{path}: a folder without metadata.json and prompt700.txt; give a .jsonl or .txt file")
         path = found
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: prompts cannot be read ({error}); give a .jsonl or .txt file") from None
-    prompts = _of_metadata(path, text) if path.suffix == ".json" else _of_lines(path, text.splitlines())
+    prompts = _of_metadata(path, text) if path.suffix == ".json" else _of_lines(path, text.split("\n"))
     if not prompts:
         raise ConfigError(f"{path}: holds no prompts")
     try:
@@ -130,29 +131,43 @@ def _of_lines(path: Path, lines: Sequence[str]) -> list[Prompt]:
                 _from_json(line, default_id) if path.suffix == ".jsonl" else Prompt(id=default_id, text=line.strip())
             )
         except (ValueError, KeyError, TypeError) as error:
-            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            problem = _problem(error)
             raise ConfigError(
                 f'{path}:{number}: no prompt ({problem}); expected {{"id": "0000", "prompt": "..."}}'
             ) from None
     return prompts
 
 
+def _problem(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, first['loc']))} {first['input']!r:.80}: {said[:1].lower()}{said[1:]}"
+
+
 def _from_json(line: str, default_id: str) -> Prompt:
-    row = dict(json.loads(line))
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{line.strip()!r:.60} is no object")
     text, name, attributes = row.pop("prompt"), row.pop("id", default_id), row.pop("attributes", None)
-    known = {key: value for key, value in row.items() if value is not None}
-    return Prompt(id=name, text=text, attributes=known | (attributes or {}))
+    known = {key: value for key, value in row.items() if value is not None} | (attributes or {})
+    return Prompt(id=name, text=text, attributes=_attributes(known))
 
 
 def _of_metadata(path: Path, text: str) -> list[Prompt]:
     """The benchmark's own file: id -> prompt and attributes as words, such as `"count": "3 person"`."""
     prompts = []
     try:
-        rows = dict(json.loads(text))
+        rows = json.loads(text)
+        if not isinstance(rows, dict):
+            raise ValueError("not an object")
         for name, row in sorted(rows.items()):
             prompts.append(Prompt(id=name, text=str(row["prompt"]).strip(), attributes=_attributes(row["attributes"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        problem = _problem(error)
         raise ConfigError(
             f"{path}: not the benchmark's metadata ({problem}); expected "
             '{"0000": {"prompt": ..., "attributes": ...}}'
@@ -160,19 +175,42 @@ def _of_metadata(path: Path, text: str) -> list[Prompt]:
     return prompts
 
 
-def _attributes(words: Mapping[str, str]) -> dict[str, Any]:
+def _attributes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as metrics expect them, also from the benchmark's words: `"count": "3 person"`.
+
+    Raises:
+        ValueError: If one that a metric looks at says something else.
+    """
     known: dict[str, Any] = {}
-    for name, said in words.items():
-        if not said:
+    for foreign, said in given.items():
+        name = {"face": "celebrity", "amp": "amplitude"}.get(foreign, foreign)
+        if said == "" and foreign != "celebrity":
             continue
-        first, _, rest = str(said).partition(" ")
         if name == "count":
-            known["count"] = {"n": int(first), "object": rest}
+            known[name] = _pair(name, said, "n", int)
         elif name == "color":
-            known["color"] = {"color": first, "object": rest}
+            known[name] = _pair(name, said, "color", str)
+        elif name in ("text", "action", "celebrity", "scoring_text") and not isinstance(said, str):
+            raise ValueError(f"{name} is {said!r}, expected words")
+        elif name == "amplitude" and said not in ("large", "slow"):
+            raise ValueError(f"amplitude is {said!r}, expected large or slow")
         else:
-            known[{"face": "celebrity", "amp": "amplitude"}.get(name, name)] = said
+            known[name] = said
     return known
+
+
+def _pair(name: str, said: Any, first: str, kind: type) -> dict[str, Any]:
+    """{first: ..., "object": ...} from itself or from two words or more."""
+    if isinstance(said, str):
+        head, _, thing = said.partition(" ")
+        said = {first: head, "object": thing}
+    try:
+        found = {first: kind(said[first]), "object": str(said["object"])}
+    except (KeyError, TypeError, ValueError):
+        found = {}
+    if not found or not found["object"] or (kind is int and found[first] < 1):
+        raise ValueError(f'{name} is {said!r}, expected {{"{first}": ..., "object": ...}}')
+    return found
 
 
 def _with_scoring_text(prompt: Prompt, path: Path) -> Prompt:
@@ -213,6 +251,15 @@ def num_of_benchmark(prompts: Sequence[Prompt]) -> int:
     return sum(map(_is_of_benchmark, prompts))
 
 
+def num_without_scoring_text(prompts: Sequence[Prompt]) -> int:
+    """How many of the benchmark's prompts are scored by another text, which is not at hand."""
+    return sum(
+        "scoring_sha256" in _benchmark()[prompt.id] and "scoring_text" not in prompt.attributes
+        for prompt in prompts
+        if _is_of_benchmark(prompt)
+    )
+
+
 def recognised(prompts: Sequence[Prompt], place: str = "prompts") -> tuple[Prompt, ...]:
     """The prompts, those of EvalCrafter with the attributes known of them; what a file says itself stands.
 
@@ -234,6 +281,13 @@ def recognised(prompts: Sequence[Prompt], place: str = "prompts") -> tuple[Promp
             f"{', '.join(prompt.id for prompt in differing[:8])}{why}; take the list as published, or give own prompts "
             "other ids"
         )
+    for prompt in prompts:
+        text = prompt.attributes.get("scoring_text")
+        if text and _is_of_benchmark(prompt) and _benchmark()[prompt.id].get("scoring_sha256") != _sha256(text):
+            raise ConfigError(
+                f"{place}: the text for scoring {prompt.id} is {text!r:.60}, not the published one; take prompts/ as "
+                "published, or none"
+            )
     return tuple(
         prompt.evolve(attributes=_benchmark()[prompt.id]["attributes"] | prompt.attributes)
         if _is_of_benchmark(prompt)

@@ -47,7 +47,7 @@ from scipy.stats import kendalltau, spearmanr
 from vc2.artifacts import Scorecard, load_manifest
 from vc2.errors import ConfigError, StoreError
 from vc2.eval.formulas import Mode
-from vc2.eval.measure import Line
+from vc2.eval.measure import UNREADABLE, Line
 from vc2.eval.metrics import ASPECT_NAMES, METRICS
 from vc2.eval.scorecard import ASPECTS, Aspect, Term, plain_averages
 from vc2.seeding import derive_seed
@@ -472,7 +472,7 @@ class _Data:
             line = lines.get(term.metric)
             if term.metric == "IS" or line is None:
                 continue
-            if line.value is None or line.reason.startswith("unreadable"):  # DOVER's compat counts these as 0
+            if line.value is None or line.reason.startswith(UNREADABLE):  # DOVER's compat counts these as 0
                 return f"{term.metric} has no value"
         return ""
 
@@ -583,7 +583,7 @@ class _Data:
         if count < LEAST_RANKED:
             return Agreement(None, None, count, f"{count} videos; needs {LEAST_RANKED}")
         if not np.isfinite(said).all():
-            return Agreement(None, None, count, "no metric that is averaged")
+            return Agreement(None, None, count, "needs all metrics that it averages")
         if len(set(labels)) < 2 or np.ptp(said) == 0:
             return Agreement(None, None, count, f"the same {'opinion' if len(set(labels)) < 2 else 'score'} for all")
         spearman: Any = spearmanr(said, labels)

@@ -31,9 +31,9 @@ from vc2.errors import ShardCorrupted, Vc2Error
 from vc2.eval.config import EvaluateStage, Prompt
 from vc2.eval.formulas import Mode
 from vc2.eval.generate import Launch
-from vc2.eval.measure import Line, applies, lines_folder, pooled, take_lines, videos_of
+from vc2.eval.measure import UNREADABLE, Line, applies, lines_folder, pooled, take_lines, videos_of
 from vc2.eval.metrics import EVALCRAFTER, METRICS, VBENCH_QUALITY, Video
-from vc2.eval.prompts import NUM_BENCHMARK_PROMPTS, num_of_benchmark
+from vc2.eval.prompts import NUM_BENCHMARK_PROMPTS, num_of_benchmark, num_without_scoring_text
 from vc2.eval.vbench import partial_vbench_scores
 from vc2.launch import run_ranks
 from vc2.progress import Progress, silent
@@ -264,9 +264,11 @@ def score(
     if done := find(store, prefix, Scorecard):
         return done
     started = time.monotonic()
+    config = config.with_metrics()
     prompts = config.all_prompts()
-    videos = sampled_videos(store, samples, prompts)
-    sets: dict[str, Sequence[Video]] = {"samples": videos, **(others or {})} if judge else {}
+    sets: dict[str, Sequence[Video]] = {}
+    if judge:
+        sets = {"samples": sampled_videos(store, samples, prompts), **(others or {})}
     lines: list[dict[str, Any]] = []
     judged: dict[str, Any] = {}
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -280,10 +282,10 @@ def score(
             progress("scores", len(lines), sum(map(len, sets.values())))
         judged[name] = {figure: asdict(summary) for figure, summary in summarise(rows).items()}
 
-    measured = take_lines(config, store, work, samples, progress=progress, launch=launch)
-    benchmark = _benchmark(config, store, samples, measured, prompts)
+    measured = take_lines(config, store, work, samples, repeat=repeat, progress=progress, launch=launch)
+    benchmark = _benchmark(config, store, samples, measured, prompts, repeat)
     summary = {"judges": judged, "num_prompts": len(prompts), "benchmark": benchmark}
-    read = [line.model_dump(mode="json", exclude={"asked"}) for line in measured]
+    read = [line.model_dump(mode="json", exclude={"asked", "passing"}) for line in measured]
     files = (
         put_file(store, prefix, "videos.jsonl", "".join(f"{_json(line)}\n" for line in lines).encode()),
         put_file(store, prefix, "metrics.jsonl", "".join(f"{_json(line)}\n" for line in read).encode()),
@@ -298,7 +300,11 @@ def score(
         config=config.model_dump(mode="json"),
         inputs={"samples": samples},
         files=files,
-        counts={"videos": len(prompts), "sets": len(sets), "metrics_measured": _num_measured(benchmark)},
+        counts={
+            "videos": benchmark.get("videos", {}).get("scored", len(prompts)),
+            "sets": len(sets),
+            "metrics_measured": _num_measured(benchmark),
+        },
         facts={"judges": judged},
         seconds=round(time.monotonic() - started, 3),
     )
@@ -308,28 +314,32 @@ def score(
 
 
 def _benchmark(
-    config: EvaluateStage, store: Store, samples: SampleSet, lines: Sequence[Line], prompts: Sequence[Prompt]
+    config: EvaluateStage,
+    store: Store,
+    samples: SampleSet,
+    lines: Sequence[Line],
+    prompts: Sequence[Prompt],
+    repeat: int,
 ) -> dict[str, Any]:
     """What a scorecard says of the benchmark: metrics, aspects and averages by mode, and what to beware of."""
     if config.benchmark == "none":
         return {"name": "none"}
     manifest = load_manifest(store, samples.prefix)
-    of_benchmark = num_of_benchmark(prompts)
-    modes = {
-        mode: _in_mode(config, mode, lines, store, lines_folder(config, samples), prompts) for mode in config.modes
-    }
+    prefix = lines_folder(config, samples, repeat)
+    undecoded = {line.id: line.reason.removeprefix(UNREADABLE) for line in lines if line.reason.startswith(UNREADABLE)}
+    rejected = manifest.facts.get("unreadable", {}) | manifest.facts.get("missing", {}) | undecoded
+    scored = [prompt for prompt in prompts if prompt.id in videos_of(manifest) and prompt.id not in rejected]
+    of_benchmark, texts = num_of_benchmark(scored), num_without_scoring_text(scored)
+    modes = {mode: _in_mode(config, mode, lines, store, prefix, prompts) for mode in config.modes}
     return {
         "name": config.benchmark,
         "prompts": {
             "total": len(prompts),
             "of_benchmark": of_benchmark,
             "whole_list": of_benchmark == NUM_BENCHMARK_PROMPTS,
+            "without_scoring_text": texts,
         },
-        "videos": {
-            "expected": len(prompts),
-            "scored": len(videos_of(manifest)),
-            "rejected": manifest.facts.get("unreadable", {}) | manifest.facts.get("missing", {}),
-        },
+        "videos": {"expected": len(prompts), "scored": len(scored), "rejected": rejected},
         "settings": {
             "flow": config.flow,
             "dover_first": config.dover_first,
@@ -337,7 +347,7 @@ def _benchmark(
             **{name: manifest.facts[name] for name in ("sizes", "rates", "origin") if name in manifest.facts},
         },
         "modes": modes,
-        "warnings": list(warnings_of(config, modes, of_benchmark)),
+        "warnings": list(warnings_of(config, modes, of_benchmark, texts)),
     }
 
 
@@ -355,9 +365,11 @@ def _in_mode(
             what = f"has the attribute {metric.prompts!r}" if metric.prompts else "names a class of COCO"
             metrics[name] = {"not_measured": f"no prompt {what}"}
         elif value is None:
-            metrics[name] = {"not_measured": "no video gave a value", "without_value": without}
+            why = "; ".join(without) if len(without) < 3 else f"{next(iter(without))}, and other reasons"
+            metrics[name] = {"not_measured": f"no video gave a value: {why}", "without_value": without}
         else:
-            weights = next(line.weights for line in lines if line.metric == name and line.mode == read_as)
+            of_metric = (line.weights for line in lines if line.metric == name and line.mode == read_as)
+            weights = next(filter(None, of_metric), {})  # a line of an unreadable video names none
             note = SUBSTITUTE_FLOW if metric.flow and config.flow != "raft" else metric.note
             metrics[name] = {"value": value, "n": count, "without_value": without, "weights": weights, "note": note}
     raw = {name: found["value"] for name, found in metrics.items() if "value" in found}
@@ -374,7 +386,7 @@ SUBSTITUTE_FLOW = "flow by DIS, which needs no weights, in place of RAFT: other 
 
 
 def plain_averages(raw: Mapping[str, float]) -> dict[str, float]:
-    """Per aspect the plain mean of its metrics in percent, larger is better; what is missing is left out of the mean.
+    """Per aspect the plain mean of its metrics in percent, larger is better; given where all of them are.
 
     Errors and distances count as 100 minus their percentage; IS (no percentage) and Flow_Score (neutral) are left out,
     so that motion is the mean of Action_Score and Motion_AC_Score, which the benchmark's authors suggest in place of
@@ -382,24 +394,29 @@ def plain_averages(raw: Mapping[str, float]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for aspect, form in ASPECTS.items():
-        values = []
-        for term in form.terms:
-            value = raw.get(term.metric)
-            if term.metric in ("IS", "Flow_Score") or not _is_finite(value):
-                continue
-            percent = 100 * float(value) / term.unit  # type: ignore[arg-type]
-            values.append(100 - percent if term.from_one else percent)
-        if values:
-            found[aspect] = math.fsum(values) / len(values)
+        terms = [term for term in form.terms if term.metric not in ("IS", "Flow_Score")]
+        if all(_is_finite(raw.get(term.metric)) for term in terms):
+            percents = [100 * float(raw[term.metric]) / term.unit for term in terms]
+            turned = [
+                100 - percent if term.from_one else percent for term, percent in zip(terms, percents, strict=True)
+            ]
+            found[aspect] = math.fsum(turned) / len(turned)
     return found
 
 
-def warnings_of(config: EvaluateStage, modes: Mapping[str, Mapping[str, Any]], of_benchmark: int) -> Iterator[str]:
+def warnings_of(
+    config: EvaluateStage, modes: Mapping[str, Mapping[str, Any]], of_benchmark: int, without_text: int = 0
+) -> Iterator[str]:
     """What a reader of the numbers has to know, for those numbers that are there."""
     if of_benchmark < NUM_BENCHMARK_PROMPTS:
         yield (
-            f"{of_benchmark} of the benchmark's {NUM_BENCHMARK_PROMPTS} prompts: not comparable with published rows, "
-            "which are means over all of them"
+            f"videos of {of_benchmark} of the benchmark's {NUM_BENCHMARK_PROMPTS} prompts: not comparable with "
+            "published rows, which are means over all of them"
+        )
+    if without_text and "compat" in modes:
+        yield (
+            f"{without_text} prompts are scored by another text upstream, which is not at hand (prompts/NNNN.txt "
+            "beside the list): these are compared with the prompt itself"
         )
     compat = modes.get("compat", {"metrics": {}, "aspects": {}})
     metrics = {name: found for name, found in compat["metrics"].items() if "value" in found}

@@ -9,13 +9,13 @@ from typing import Any
 from vc2.artifacts import Report, find, fingerprint, load_manifest
 from vc2.eval.config import EvaluateStage
 from vc2.eval.leaderboard import ASPECT_LABELS, comparison, shown
-from vc2.eval.metrics import ASPECT_NAMES, METRICS, Metric
-from vc2.eval.prompts import Prompt
+from vc2.eval.metrics import ASPECT_NAMES, EVALCRAFTER, METRICS, Metric
+from vc2.eval.prompts import Prompt, scoring_text
 from vc2.pipeline.driver import REPORT_VERSION
 from vc2.progress import Progress, silent
 from vc2.storage import Store
 
-__all__ = ["evaluate_folder", "paint_references", "score_lines", "scores_of"]
+__all__ = ["evaluate_folder", "lacking", "paint_references", "score_lines", "scores_of"]
 
 STAGE = "evaluate/folder"
 
@@ -28,6 +28,7 @@ def evaluate_folder(
     *,
     progress: Progress = silent,
     repeat: int = 0,
+    force: bool = False,
 ) -> Report:
     """Score the videos of a folder, whoever made them, and write the report. Safe to repeat.
 
@@ -36,7 +37,8 @@ def evaluate_folder(
         wanted: What to measure; its prompts are what the videos were made from.
         store, work: Where artifacts are kept; a scratch folder.
         progress: Told as videos are probed and measured.
-        repeat: Raise it to write the report once more.
+        repeat: Raise it to measure and report once more.
+        force: Raise it beyond what is there.
     """
     from vc2.eval.folder import import_folder
     from vc2.eval.report import publish
@@ -47,7 +49,13 @@ def evaluate_folder(
     wanted = wanted.with_prompts().with_metrics()
     samples = import_folder(folder, wanted.all_prompts(), store, progress=progress)
     inputs = {"samples": samples.content_digest}
-    reported = fingerprint(STAGE, REPORT_VERSION, wanted, inputs, repeat)
+
+    def name_of(repeat: int) -> str:
+        return fingerprint(STAGE, REPORT_VERSION, wanted, inputs, repeat)
+
+    while force and find(store, f"reports/{name_of(repeat)}", Report):
+        repeat += 1
+    reported = name_of(repeat)
     if done := find(store, f"reports/{reported}", Report):
         return done
     name = fingerprint("score", STAGE_VERSION, wanted, inputs, repeat)
@@ -63,6 +71,7 @@ def evaluate_folder(
         config=wanted.model_dump(mode="json"),
         repeat=repeat,
         seconds=time.monotonic() - started,
+        counts={"videos": card.counts["videos"]},
     )
 
 
@@ -87,7 +96,7 @@ def paint_references(
 
     path = pretrained.resolve("sdxl-base", path=sdxl)
     painter = ReferencePainter.load(path if path.is_dir() else path.parent, torch.device(device))
-    texts = {prompt.id: prompt.text for prompt in prompts}
+    texts = {prompt.id: scoring_text(prompt, "compat") for prompt in prompts}
     made = make_references(
         painter, texts, folder, seed=seed, progress=lambda done, total: progress("references", done, total)
     )
@@ -95,9 +104,31 @@ def paint_references(
 
 
 def scores_of(store: Store, report: Report) -> dict[str, Any]:
-    """What the scorecard behind a report says of the benchmark."""
-    card = load_manifest(store, load_manifest(store, report.prefix).inputs["scores"].prefix)
-    return json.loads(store.read(card.file("summary.json").key))["benchmark"]
+    """What the scorecard behind a report says of the benchmark, and which files of a folder were left out."""
+    inputs = load_manifest(store, report.prefix).inputs
+    card = load_manifest(store, inputs["scores"].prefix)
+    facts = load_manifest(store, inputs["samples"].prefix).facts
+    left_out = {
+        words: facts[name]
+        for name, words in (("second_videos", "second videos of a prompt"), ("of_no_prompt", "videos of no prompt"))
+        if facts.get(name)
+    }
+    return json.loads(store.read(card.file("summary.json").key))["benchmark"] | (
+        {"left_out": left_out} if left_out else {}
+    )
+
+
+def lacking(benchmark: Mapping[str, Any], *, by_default: bool) -> list[str]:
+    """Metrics that were asked for and not measured, in a mode or more; of those asked for by default, not those that no
+    prompt calls for."""
+    return sorted(
+        {
+            name
+            for said in benchmark.get("modes", {}).values()
+            for name, found in said["metrics"].items()
+            if "not_measured" in found and not (by_default and found["not_measured"].startswith("no prompt "))
+        }
+    )
 
 
 def score_lines(benchmark: Mapping[str, Any], compare: tuple[str, ...] = ()) -> Iterator[str]:
@@ -111,6 +142,8 @@ def score_lines(benchmark: Mapping[str, Any], compare: tuple[str, ...] = ()) -> 
         yield f"  {name}: {why}"
     if len(videos["rejected"]) > 8:
         yield f"  and {len(videos['rejected']) - 8} more"
+    for what, names in benchmark.get("left_out", {}).items():
+        yield f"  {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
     yield f"{'metric':24} " + " ".join(f"{mode:>10}" for mode in modes) + "       n"
     asked = next(iter(modes.values()))["metrics"]
     absent: dict[str, list[str]] = {}
@@ -130,6 +163,8 @@ def score_lines(benchmark: Mapping[str, Any], compare: tuple[str, ...] = ()) -> 
             arrow = {"up": "higher is better", "down": "lower is better", "neutral": ""}[metric.direction]
             yield f"{name:24} {values} {count:7}  {arrow}"
     for name in (*ASPECT_NAMES, "total"):
+        if not set(asked) & set(EVALCRAFTER):
+            break
         shown = [f"{said['aspects'][name]:.2f}" if name in said["aspects"] else "-" for said in modes.values()]
         plain = next(iter(modes.values()))["averages"].get(name)
         beside = f"  plain average {plain:.2f}" if plain is not None else ""
@@ -139,7 +174,10 @@ def score_lines(benchmark: Mapping[str, Any], compare: tuple[str, ...] = ()) -> 
     if any(reason.startswith("weights not found") for reason in absent):
         yield "`vc2 doctor` says where weights are to be had"
     withheld = next(iter(modes.values()))["withheld"]
-    yield from (f"not given: {ASPECT_LABELS[name]}: {why}" for name, why in withheld.items())
+    called_for = {METRICS[name].aspect for name in asked if name in EVALCRAFTER}
+    for name in (*ASPECT_NAMES, "total"):
+        if name in withheld and (name in called_for or (name == "total" and len(called_for) == len(ASPECT_NAMES))):
+            yield f"not given: {ASPECT_LABELS[name]}: {withheld[name]}"
     yield from (f"note: {said}" for said in benchmark.get("warnings", ()))
     if compare:
         yield from _compared(benchmark, compare)

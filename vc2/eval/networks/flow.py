@@ -21,6 +21,7 @@ from vc2.model.files import open_weights
 
 __all__ = ["DisFlow", "FlowEstimator", "Raft"]
 
+MOST_BYTES = 2**31  # of correlations on the device at once
 LEAST_SIDE = 128  # pixels: a sixteenth of an eighth is what the coarsest of four levels needs
 
 
@@ -55,6 +56,7 @@ class Raft:
         down, across = (_extended(side) - side for side in (height, width))
         top, left = down // 2, across // 2
         flows = np.empty((len(first), 2, height, width), np.float32)
+        batch = min(batch, pairs_at_once(height + down, width + across))
         for start in range(0, len(first), batch):
             pair = []
             for frames in (first, second):
@@ -65,6 +67,12 @@ class Raft:
             flow = self.network(*pair, num_flow_updates=self.updates)[-1]
             flows[start : start + batch] = flow[:, :, top : top + height, left : left + width].cpu().numpy()
         return flows
+
+
+def pairs_at_once(height: int, width: int) -> int:
+    """How many pairs of frames fit: all of a frame's places are correlated with all of the other's, on four levels."""
+    places = height * width // 64
+    return max(1, MOST_BYTES // (places * places * 4 * 4 // 3))
 
 
 def _extended(side: int) -> int:
