@@ -225,6 +225,7 @@ def _resolve_part(weight: Weight, cache: Path, *, offline: bool) -> Path:
 
 BESIDE = (
     "config.json",
+    "model.safetensors",
     "labels.txt",
     "label_map_k400.txt",
 )  # files that say how weights are read, where they lie there
@@ -414,11 +415,15 @@ def _read_lock(cache: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
+_NAMES = {part.name for weight in WEIGHTS.values() for part in weight.parts()}  # whose first digest is kept for good
+
+
 def _write_lock(cache: Path, lock: Mapping[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a cache that cannot be written keeps no record
         cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f".{_LOCK}.{os.getpid()}"
-        temporary.write_text(json.dumps(lock, indent=1, sort_keys=True))
+        kept = {name: known for name, known in lock.items() if name in _NAMES or Path(known.get("path", "")).exists()}
+        temporary.write_text(json.dumps(kept, indent=1, sort_keys=True))
         temporary.replace(cache / _LOCK)
 
 

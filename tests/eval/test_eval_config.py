@@ -23,8 +23,8 @@ def test_where_prompts_lie_is_no_identity_but_what_they_say_is(tmp_path: Path) -
 def test_a_prompt_keeps_all_that_is_known_of_it(tmp_path: Path) -> None:
     """Fields of a line beyond id and prompt become attributes."""
     path = tmp_path / "p.jsonl"
-    path.write_text('{"id": "0007", "prompt": "2 dogs", "attributes": {"count": {"n": 2, "object": "cat"}}, "truth": [1]}\n')
-    assert load_prompts(path) == (Prompt(id="0007", text="2 dogs", attributes={"truth": [1], "count": {"n": 2, "object": "cat"}}),)
+    path.write_text('{"id": "0007", "prompt": "2 dogs", "attributes": {"style": "ink"}, "truth": [1]}\n')
+    assert load_prompts(path) == (Prompt(id="0007", text="2 dogs", attributes={"truth": [1], "style": "ink"}),)
 
 
 @pytest.mark.parametrize(

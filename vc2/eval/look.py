@@ -308,10 +308,13 @@ def _sd_score(look: Look, mode: Mode) -> Reading:
     words = prompt_digest(scoring_text(look.prompt, "compat"))  # as upstream paints them, for both modes
     if of_all.prompts.get(look.prompt.id, words) != words:
         raise NoValue("the reference images were painted of other words")
+    if look.prompt.id not in of_all.files:
+        raise NoValue("no reference images of this prompt")
     try:
         images = of_all.images(look.prompt.id)
-    except PretrainedMissing:
-        raise NoValue("no reference images of this prompt") from None
+    except (PretrainedMissing, WeightsError) as error:  # of this prompt alone, and mended they are the same again
+        why = str(error).replace(f"{of_all.folder}/", "")
+        return Reading(None, len(look.frames), f"the reference images cannot be used: {why}", passing=True)
     references = np.concatenate([look.networks.clip.frames(np.array(image)[None], how) for image in images])
     return Reading(formulas.sd_score(look.clip(_resized(mode)), references), len(look.frames))
 

@@ -11,37 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import VideoMAEForVideoClassification
 
+from tests.eval.small_weights import LABELS, videomae
 from vc2.errors import PretrainedMissing, WeightsError
 from vc2.eval.networks.action import ActionRecogniser, action_frames, crop_places, scaled_size
 
 CPU = torch.device("cpu")
-LABELS = [f"doing thing {number}" for number in range(400)]
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @pytest.fixture(scope="module")
 def model() -> VideoMAEForVideoClassification:
-    """Two blocks of width 64 on 32 x 32 pixels, of random weights."""
-    config = VideoMAEConfig(
-        image_size=32,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        intermediate_size=128,
-        layer_norm_eps=1e-6,
-        num_labels=400,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: number for number, label in enumerate(LABELS)},
-    )
-    model, draws = VideoMAEForVideoClassification(config).eval(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1)
-    return model
+    return videomae()
 
 
 @pytest.fixture(scope="module")

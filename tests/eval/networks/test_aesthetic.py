@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
+from tests.eval.small_weights import clip_of_images
 from vc2.errors import WeightsError
 from vc2.eval.networks.aesthetic import Aesthetic, ClipImages
 from vc2.eval.vbench import aesthetic_quality, background_consistency
@@ -15,31 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def clip_model() -> CLIPModel:
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        vision_config={
-            "hidden_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 256,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        text_config={
-            "hidden_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "intermediate_size": 64,
-            "vocab_size": 100,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        projection_dim=24,
-    )
-    model = CLIPModel(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    return clip_of_images()
 
 
 @pytest.fixture(scope="module")

@@ -8,64 +8,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    BlipImageProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
+from tests.eval.small_weights import WORDS, save_blip2
 from vc2.errors import PretrainedMissing, WeightsError
 from vc2.eval.networks.captions import Captioner, caption_frames
 from vc2.eval.networks.folders import filled, opened
 
 CPU = torch.device("cpu")
-WORDS = ("a", "red", "green", "cat", "dog", "bird", "car", "runs", "sits", "flies", "over", "hill", "sea", "sky", "old")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BLIP-2 of random weights on disk, whose captions depend on the picture."""
-    vocabulary = {word: number for number, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    images = BlipImageProcessor(size={"height": 28, "width": 28})
-    processor = Blip2Processor(images, tokenizer, num_query_tokens=4)  # adds the token <image>
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Blip2Config(
-        vision_config={**sizes, "intermediate_size": 64, "image_size": 28, "patch_size": 14},
-        qformer_config={**sizes, "intermediate_size": 64, "vocab_size": 50, "max_position_embeddings": 64},
-        text_config={
-            **sizes,
-            "model_type": "opt",
-            "vocab_size": len(tokenizer),
-            "ffn_dim": 64,
-            "word_embed_proj_dim": 32,
-            "max_position_embeddings": 64,
-            "bos_token_id": 2,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-        },
-        num_query_tokens=4,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    model, draws = Blip2ForConditionalGeneration(config), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.dim() > 1 else 0.1
-            parameter.copy_(torch.randn(parameter.shape, generator=draws) * scale)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1)
-        model.language_projection.weight.mul_(10)
-    path = tmp_path_factory.mktemp("blip2")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
+    return save_blip2(tmp_path_factory.mktemp("captions"))
 
 
 @pytest.fixture(scope="module")

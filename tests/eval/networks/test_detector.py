@@ -10,16 +10,15 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     BertTokenizer,
-    GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoProcessor,
     Sam2ImageProcessor,
-    Sam2VideoConfig,
     Sam2VideoModel,
     Sam2VideoProcessor,
     Sam2VideoVideoProcessor,
 )
 
+from tests.eval.small_weights import save_grounding_dino, save_sam2
 from vc2.errors import PretrainedMissing, WeightsError
 from vc2.eval.networks.detector import (
     Boxes,
@@ -155,93 +154,12 @@ def test_counts_are_distinct_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Grounding DINO of random weights; its text knows seven words, at the numbers that the network has built in."""
-    path = tmp_path_factory.mktemp("grounding-dino")
-    words = [f"[unused{number}]" for number in range(1030)]
-    words[0], words[100], words[101], words[102], words[103] = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
-    words[1012], words[1029], words[200:203] = ".", "?", ["dog", "traffic", "light"]
-    (path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer.from_pretrained(path).save_pretrained(path)
-    torch.manual_seed(3)
-    config = GroundingDinoConfig(
-        backbone_config={
-            "model_type": "swin",
-            "embed_dim": 8,
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 1, 2, 2],
-            "window_size": 2,
-            "image_size": 32,
-            "out_indices": [2, 3, 4],
-        },
-        text_config={
-            "model_type": "bert",
-            "vocab_size": 1030,
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        },
-        num_queries=5,
-        d_model=32,
-        encoder_layers=1,
-        encoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_layers=2,
-        decoder_ffn_dim=32,
-        decoder_attention_heads=2,
-        max_text_len=16,
-    )
-    model = GroundingDinoForObjectDetection(config)
-    with torch.no_grad():  # wide boxes that depend on the picture
-        for parameter in model.bbox_embed[0].parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
-    model.save_pretrained(path)
-    return path
+    return save_grounding_dino(tmp_path_factory.mktemp("detector"))
 
 
 @pytest.fixture(scope="module")
 def segmenter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SAM 2 of random weights on 64 x 64 pixels, that always sees something."""
-    path = tmp_path_factory.mktemp("sam2")
-    torch.manual_seed(0)
-    config = Sam2VideoConfig(
-        vision_config={
-            "model_type": "sam2_vision_model",
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model",
-                "hidden_size": 8,
-                "image_size": [64, 64],
-                "blocks_per_stage": [1, 1, 2, 1],
-                "embed_dim_per_stage": [8, 16, 32, 64],
-                "num_attention_heads_per_stage": [1, 1, 2, 2],
-                "window_size_per_stage": [4, 2, 2, 2],
-                "global_attention_blocks": [3],
-                "window_positional_embedding_background_size": [2, 2],
-            },
-            "backbone_channel_list": [64, 32, 16, 8],
-            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-            "fpn_hidden_size": 128,
-        },
-        prompt_encoder_config={"hidden_size": 128, "image_size": 64, "patch_size": 16, "mask_input_channels": 8},
-        mask_decoder_config={"hidden_size": 128, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
-        image_size=64,
-        memory_attention_hidden_size=128,
-        memory_attention_num_layers=1,
-        memory_attention_feed_forward_hidden_size=32,
-        memory_attention_rope_feat_sizes=[4, 4],
-        memory_encoder_hidden_size=128,
-        mask_downsampler_embed_dim=128,
-        memory_fuser_embed_dim=128,
-        memory_fuser_intermediate_dim=32,
-        memory_fuser_num_layers=1,
-    )
-    model = Sam2VideoModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-        list(model.mask_decoder.pred_obj_score_head.parameters())[-1].fill_(50)
-    model.save_pretrained(path)
-    return path
+    return save_sam2(tmp_path_factory.mktemp("segmenter"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
+from transformers import ViTModel
 
+from tests.eval.small_weights import vit
 from vc2.errors import WeightsError
 from vc2.eval.networks.dino import Dino
 from vc2.eval.vbench import subject_consistency
@@ -18,20 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def reference() -> ViTModel:
     """A tiny vision transformer of transformers, on squares of 64 pixels."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=512,
-        image_size=64,
-        patch_size=16,
-        layer_norm_eps=1e-6,
-    )
-    model = ViTModel(config, add_pooling_layer=False).eval()
-    for parameter in model.parameters():  # norms and biases too, which begin as ones and zeros
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    return vit()
 
 
 @pytest.fixture(scope="module")

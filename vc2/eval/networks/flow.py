@@ -83,21 +83,21 @@ class DisFlow:
     """Dense inverse search, on brightness."""
 
     def between(self, first: np.ndarray, second: np.ndarray, *, batch: int = 4) -> np.ndarray:
-        search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         before = cv2.getNumThreads()
         cv2.setNumThreads(1)  # sums over threads must not differ from run to run
         try:
-            return np.stack([self._of_pair(search, *pair) for pair in zip(first, second, strict=True)])
+            return np.stack([self._of_pair(*pair) for pair in zip(first, second, strict=True)])
         finally:
             cv2.setNumThreads(before)
 
     @staticmethod
-    def _of_pair(search: cv2.DISOpticalFlow, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def _of_pair(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         grey = [
             cv2.cvtColor(np.rint(frame).clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2GRAY) for frame in (first, second)
         ]
         height, width = grey[0].shape
         down, across = max(0, 32 - height), max(0, 32 - width)  # its coarsest patches need that much
         grey = [cv2.copyMakeBorder(image, 0, down, 0, across, cv2.BORDER_REPLICATE) for image in grey]
+        search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # one that was used remembers
         flow = search.calc(grey[0], grey[1], np.zeros((*grey[0].shape, 2), np.float32))
         return rearrange(flow[:height, :width], "h w c -> c h w")
