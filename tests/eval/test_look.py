@@ -63,8 +63,8 @@ def test_flow_in_parts_is_flow_in_one(batch: int) -> None:
     """Six pairs of frames of an odd size, a few at a time or together: the same lengths and warping errors."""
     frames = np.tile(shifted(7, 2), (2, 2, 1))[:, :93, :150]
     whole, parts = look(frames), look(frames, batch=batch)
-    assert parts.flow_lengths() == pytest.approx(whole.flow_lengths(), rel=1e-12)
-    assert parts.flow_lengths()[0] != parts.flow_lengths()[1]  # with the edge that fills up to 8, and without
+    assert parts.flow() == whole.flow() and len(whole.flow().motions) == 6
+    assert parts.flow().padded_length != parts.flow().length  # with the edge that fills up to 8, and without
     for mode in ("compat", "fixed"):
         assert parts.warping_errors(mode) == whole.warping_errors(mode) and len(whole.warping_errors(mode)) == 6
 
@@ -73,17 +73,17 @@ def test_flow_in_parts_is_flow_in_one(batch: int) -> None:
 def test_pairs_come_once_each_and_in_order(frames: int, batch: int) -> None:
     """No part has more pairs than the batch; put together they are all neighbours."""
     video = np.arange(frames * 3).reshape(frames, 1, 1, 3)
-    parts = look(shifted(1, 0), batch=batch).pairs(video)
-    assert all(len(first) == len(second) <= batch for first, second in parts)
-    assert (np.concatenate([first for first, _ in parts]) == video[:-1]).all()
-    assert (np.concatenate([second for _, second in parts]) == video[1:]).all()
+    parts = look(shifted(1, 0), batch=batch).windows(video)
+    assert all(2 <= len(part) <= batch + 1 for part in parts)
+    assert (np.concatenate([part[:-1] for part in parts]) == video[:-1]).all()
+    assert (np.concatenate([part[1:] for part in parts]) == video[1:]).all()
 
 
 def test_one_frame_has_no_pairs() -> None:
     """What needs a pair says so; it is a reason, not an error."""
     one = look(texture()[None])
     with pytest.raises(NoValue, match="needs two frames, has 1"):
-        one.flow_lengths()
+        one.flow()
     assert read("Flow_Score", "fixed", one) == Reading(None, 1, "needs two frames, has 1")
 
 
@@ -113,13 +113,13 @@ def test_metrics_share_frames_embeddings_and_flow(clip: str, tmp_path: Path, mon
     store = LocalStore(tmp_path / "store")
     samples = import_folder(tmp_path / "videos", PROMPTS, store)
     setting, calls = Setting(store=store, work=tmp_path / "work", samples=samples), Counter[str]()
-    for owner, name in ((Decoder, "frames"), (Clip, "load"), (Clip, "frames"), (DisFlow, "between")):
+    for owner, name in ((Decoder, "frames"), (Clip, "load"), (Clip, "frames"), (DisFlow, "along")):
         counted(monkeypatch, owner, name, calls)
     metrics = ("CLIP_Score", "CLIP_Temp", "Face_Consistency", "Flow_Score", "temporal_flickering")
     config = stage(metrics=metrics, files={"clip-vit-b-32": clip})
     lines = setting.lines(config, here)
     assert len(lines) == len(PROMPTS) * (2 * len(metrics) - 1) and not any(line.reason for line in lines)
-    assert calls == {"Decoder.frames": 2, "Clip.load": 1, "Clip.frames": 2 * 3, "DisFlow.between": 2}
+    assert calls == {"Decoder.frames": 2, "Clip.load": 1, "Clip.frames": 2 * 3, "DisFlow.along": 2}
     assert setting.lines(config, nobody) == lines
 
 
@@ -127,13 +127,13 @@ def test_flow_that_both_modes_see_alike_is_estimated_once(monkeypatch: pytest.Mo
     """Substitute flow has no flaw to keep, so both warping errors are one; both dynamic degrees, too, but of a video of
     two frames, for which they differ."""
     calls = Counter[str]()
-    counted(monkeypatch, DisFlow, "between", calls)
-    for frames, expected in ((shifted(4, 2), 2 + 1), (shifted(2, 2), 2 + 2)):
+    counted(monkeypatch, DisFlow, "along", calls)
+    for frames, expected in ((shifted(4, 2), 1 + 1), (shifted(2, 2), 1 + 2)):
         calls.clear()
         seen = look(frames)
         for name in ("Warping_Error", "dynamic_degree"):
             assert [read(name, mode, seen).value for mode in ("compat", "fixed")].count(None) == 0
-        assert calls["DisFlow.between"] == expected
+        assert calls["DisFlow.along"] == expected
     degrees = [read("dynamic_degree", mode, look(shifted(2, 0))).value for mode in ("compat", "fixed")]
     assert degrees == [1, 0]
 

@@ -127,7 +127,9 @@ class EvaluateStage(SampleStage):
     def with_metrics(self) -> Self:
         """A copy that names what each metric is measured with, or what it lacks. One that does so already is kept, so
         that all who work on a run agree. Asks no network, reads no weights but those given by path."""
-        asked = [(name, mode) for name in self.metric_names() for mode in modes_of(METRICS[name], self.modes)]
+        asked: list[tuple[str, Mode]] = [
+            (name, mode) for name in self.metric_names() for mode in modes_of(METRICS[name], self.modes)
+        ]
         if {*self.measured_with, *self.not_measured} == {f"{name}/{mode}" for name, mode in asked}:
             return self
         given = Given(self.flow, self.references, self.photos, self.files)

@@ -5,7 +5,7 @@ computed at the first question and kept for the next metric; only small things a
 in bounded batches. Networks are loaded when they are first needed, and stay.
 
     CLIP_Score, CLIP_Temp, Face_Consistency, SD_Score      one CLIP pass for each way of preparing frames
-    Flow_Score, Motion_AC_Score                            one pass of optical flow
+    Flow_Score, Motion_AC_Score, dynamic_degree            one pass of optical flow
     VQA_A, VQA_T                                           one pass of DOVER
     Detection_Score, Count_Score, Color_Score              one track for each phrase
 
@@ -185,6 +185,15 @@ class Networks:
         return Musiq.load(self._file("musiq-spaq"), self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class FlowFacts:
+    """Optical flow of a video."""
+
+    padded_length: float  #: mean length over the frames extended to a multiple of 8
+    length: float  #: over the frames alone
+    motions: list[float]  #: of each pair (`vbench.pair_motion`)
+
+
 class Look:
     """A video and its prompt, looked at by networks. Frames are (T, H, W, 3) uint8 RGB."""
 
@@ -206,20 +215,28 @@ class Look:
         """CLIP's embeddings of the frames, (T, D)."""
         return self.once(("clip", how), lambda: self.networks.clip.frames(self.frames, how, batch=self.batch))
 
-    def flow_lengths(self) -> tuple[float, float]:
-        """Mean length of flow over the frames extended to a multiple of 8, and over the frames alone, in pixels."""
-        return self.once("flow", self._flow_lengths)
+    def flow(self) -> "FlowFacts":
+        """What is told of the flow between neighbouring frames, in pixels."""
+        return self.once("flow", self._flow)
 
-    def _flow_lengths(self) -> tuple[float, float]:
+    @property
+    def has_flow(self) -> bool:
+        """Whether `flow` has been asked for already."""
+        return "flow" in self._kept
+
+    def _flow(self) -> "FlowFacts":
         height, width = self.frames.shape[1:3]
         top, left = (-height) % 8 // 2, (-width) % 8 // 2
-        whole, inner = [], []
-        for first, second in self.pairs(self.frames):
-            flows = self.networks.flow.between(formulas.padded(first), formulas.padded(second), batch=self.batch)
-            whole.append((len(flows), formulas.flow_score(flows)))
+        whole: list[float] = []
+        inner: list[float] = []
+        motions: list[float] = []
+        for frames in self.windows(self.frames):
+            flows, _ = self.networks.flow.along(formulas.padded(frames), batch=self.batch)
             cut = flows[:, :, top : top + height, left : left + width]
-            inner.append((len(flows), formulas.flow_score(cut)))
-        return _mean_of_parts(whole), _mean_of_parts(inner)
+            whole += [formulas.flow_score(flow[None]) for flow in flows]
+            inner += [formulas.flow_score(flow[None]) for flow in cut]
+            motions += map(vbench.pair_motion, cut) if height * width >= 20 else []
+        return FlowFacts(float(np.mean(whole)), float(np.mean(inner)), motions)
 
     def warping_errors(self, mode: Mode) -> list[float]:
         """Warping error of every pair. In compat the network is given 0..1 where it expects 0..255: a flaw."""
@@ -228,22 +245,18 @@ class Look:
 
     def _warping_errors(self, reach: float) -> list[float]:
         errors: list[float] = []
-        for first, second in self.pairs(self.frames):
-            small = [formulas.padded(formulas.half_size(frames.astype(np.float64) / 255)) for frames in (first, second)]
-            this, following = (part * reach for part in small)
-            forward = self.networks.flow.between(this, following, batch=self.batch)
-            backward = self.networks.flow.between(following, this, batch=self.batch)
-            errors += map(formulas.warping_error_of_pair, *small, forward, backward)
+        for frames in self.windows(self.frames):
+            small = formulas.padded(formulas.half_size(frames.astype(np.float64) / 255))
+            forward, backward = self.networks.flow.along(small * reach, both_ways=True, batch=self.batch)
+            errors += map(formulas.warping_error_of_pair, small, small[1:], forward, backward)
         return errors
 
-    def pairs(self, frames: np.ndarray) -> "list[tuple[np.ndarray, np.ndarray]]":
-        """Neighbouring frames in parts of at most `batch` pairs: those that come first, those that follow."""
+    def windows(self, frames: np.ndarray) -> list[np.ndarray]:
+        """Frames in parts of at most `batch` pairs of neighbours, each beginning with the last of the one before."""
         if len(frames) < 2:
             raise NoValue(f"needs two frames, has {len(frames)}")
         step = max(1, min(self.batch, PART_PIXELS // (frames.shape[1] * frames.shape[2])))
-        starts = range(0, len(frames) - 1, step)
-        ends = [min(start + step, len(frames) - 1) for start in starts]
-        return [(frames[a:b], frames[a + 1 : b + 1]) for a, b in zip(starts, ends, strict=True)]
+        return [frames[start : start + step + 1] for start in range(0, len(frames) - 1, step)]
 
     def dover(self, mode: Mode) -> "tuple[RawScores, int]":
         """Raw scores of DOVER's two branches, and how many different frames these are shown."""
@@ -261,10 +274,6 @@ class Look:
     def track(self, phrase: str, mode: Mode) -> Any:
         """Where instances of a phrase are in the frames looked at."""
         return self.once(("track", phrase, mode), lambda: self.networks.tracker.track(self.frames, phrase, mode))
-
-
-def _mean_of_parts(parts: "list[tuple[int, float]]") -> float:
-    return sum(count * mean for count, mean in parts) / sum(count for count, _ in parts)
 
 
 # ---- the metrics ----
@@ -311,7 +320,7 @@ def _sd_score(look: Look, mode: Mode) -> Reading:
     if look.prompt.id not in of_all.files:
         raise NoValue("no reference images of this prompt")
     try:
-        images = of_all.images(look.prompt.id)
+        images = look.once("references", lambda: of_all.images(look.prompt.id))
     except (PretrainedMissing, WeightsError) as error:  # of this prompt alone, and mended they are the same again
         why = str(error).replace(f"{of_all.folder}/", "")
         return Reading(None, len(look.frames), f"the reference images cannot be used: {why}", passing=True)
@@ -375,13 +384,18 @@ def _action(look: Look, mode: Mode) -> Reading:
     return Reading(value, len(look.frames))
 
 
+def _flow_length(look: Look, mode: Mode) -> float:
+    return look.flow().length if mode == "fixed" else look.flow().padded_length
+
+
 def _flow(look: Look, mode: Mode) -> Reading:
-    return Reading(look.flow_lengths()[mode == "fixed"], len(look.frames))
+    return Reading(_flow_length(look, mode), len(look.frames))
 
 
 def _motion_ac(look: Look, mode: Mode) -> Reading:
-    flow = look.flow_lengths()[mode == "fixed"]
-    return Reading(formulas.motion_ac(flow, look.prompt.attributes["amplitude"], mode), len(look.frames))
+    return Reading(
+        formulas.motion_ac(_flow_length(look, mode), look.prompt.attributes["amplitude"], mode), len(look.frames)
+    )
 
 
 def _warping(look: Look, mode: Mode) -> Reading:
@@ -411,20 +425,26 @@ def _flickering(look: Look, mode: Mode) -> Reading:
 
 
 def _smoothness(look: Look, mode: Mode) -> Reading:
-    return Reading(vbench.motion_smoothness(look.frames, look.networks.amt.interpolate, mode=mode), len(look.frames))
+    of_both = look.once(
+        "smoothness", lambda: vbench.motion_smoothness_by_mode(look.frames, look.networks.amt.interpolate)
+    )
+    return Reading(of_both[mode], len(look.frames))
 
 
 def _dynamic(look: Look, mode: Mode) -> Reading:
     frames = look.frames[list(vbench.sampled_at_8_fps(len(look.frames), look.fps))]
     height, width = frames.shape[1:3]
 
-    def flows() -> Iterator[np.ndarray]:
-        for first, second in look.pairs(frames):
-            yield from look.networks.flow.between(first, second, batch=look.batch)
+    def motions() -> Iterator[float]:
+        if len(frames) == len(look.frames) and look.has_flow:
+            yield from look.flow().motions
+            return
+        for part in look.windows(frames):
+            yield from map(vbench.pair_motion, look.networks.flow.along(part, batch=look.batch)[0])
 
     value = look.once(
         ("dynamic", mode if len(frames) == 2 else "both"),  # of more frames than two both modes say the same
-        lambda: vbench.dynamic_degree(flows(), num_frames=len(frames), height=height, width=width, mode=mode),
+        lambda: vbench.dynamic_degree_of(motions(), num_frames=len(frames), height=height, width=width, mode=mode),
     )
     return Reading(value, len(frames))
 

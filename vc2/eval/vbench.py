@@ -34,11 +34,14 @@ __all__ = [
     "aesthetic_quality",
     "background_consistency",
     "dynamic_degree",
+    "dynamic_degree_of",
     "imaging_quality",
     "is_static",
     "motion_smoothness",
+    "motion_smoothness_by_mode",
     "normalised",
     "overall",
+    "pair_motion",
     "partial_vbench_scores",
     "sampled_at_8_fps",
     "subject_consistency",
@@ -245,33 +248,35 @@ PAIRS_AT_ONCE = 8  # of frames whose middles are in memory together
 
 
 def motion_smoothness(frames: np.ndarray, interpolate: Interpolate, *, mode: Mode = "compat") -> float:
-    """How well every second frame follows from its neighbours: 1 - mean absolute error / 255.
+    """One mode of `motion_smoothness_by_mode`."""
+    return motion_smoothness_by_mode(frames, interpolate)[mode]
 
-    The last frame of an even number has no later neighbour and is not looked at.
+
+def motion_smoothness_by_mode(frames: np.ndarray, interpolate: Interpolate) -> dict[Mode, float]:
+    """How well every second frame follows from its neighbours: 1 - mean absolute error / 255, in [0, 1].
+
+    compat cuts the interpolated colours down to whole numbers, so that a perfect prediction may lack one level; fixed
+    rounds them. The last frame of an even number has no later neighbour and is not looked at.
 
     Args:
         frames: (T, H, W, 3) uint8.
         interpolate: Gives the frame in the middle between two, such as `Amt.interpolate`.
-        mode: compat cuts the interpolated colours down to whole numbers, so that a perfect prediction may lack one
-            level; fixed rounds them.
-
-    Returns:
-        In [0, 1].
 
     Raises:
         ValueError: If there are fewer than three frames.
     """
     _check_frames(frames, at_least=3)
     shown, hidden = frames[::2], frames[1::2]
-    differences: list[float] = []
+    differences: dict[Mode, list[float]] = {"compat": [], "fixed": []}
     for start in range(0, len(shown) - 1, PAIRS_AT_ONCE):
         before, after = shown[:-1][start : start + PAIRS_AT_ONCE], shown[1:][start : start + PAIRS_AT_ONCE]
         levels = 255 * np.clip(interpolate(before, after), 0, 1)
         if levels.shape != before.shape:
             raise ValueError(f"interpolated frames are {levels.shape}, expected {before.shape}: one between every two")
-        predicted = (levels if mode == "compat" else np.rint(levels)).astype(np.uint8)
-        differences += map(_difference, hidden[start : start + PAIRS_AT_ONCE], predicted)
-    return 1 - _mean(differences) / 255
+        truth = hidden[start : start + PAIRS_AT_ONCE]
+        differences["compat"] += map(_difference, truth, levels.astype(np.uint8))
+        differences["fixed"] += map(_difference, truth, np.rint(levels).astype(np.uint8))
+    return {mode: 1 - _mean(of_mode) / 255 for mode, of_mode in differences.items()}
 
 
 def sampled_at_8_fps(num_frames: int, fps: float) -> range:
@@ -288,16 +293,28 @@ def sampled_at_8_fps(num_frames: int, fps: float) -> range:
 def dynamic_degree(
     flows: Iterable[np.ndarray], *, num_frames: int, height: int, width: int, mode: Mode = "compat"
 ) -> float:
+    """Whether a video moves, from the flow in pixels of each pair of neighbours, N times (2, H, W); see
+    `dynamic_degree_of`. The published program leaves on it what it added to reach multiples of 8 pixels."""
+    return dynamic_degree_of(map(pair_motion, flows), num_frames=num_frames, height=height, width=width, mode=mode)
+
+
+def pair_motion(flow: np.ndarray) -> float:
+    """Motion of a pair of frames: the mean length of the largest twentieth of its flow (2, H, W), in pixels."""
+    return _largest(flow, 0.05)
+
+
+def dynamic_degree_of(
+    motions: Iterable[float], *, num_frames: int, height: int, width: int, mode: Mode = "compat"
+) -> float:
     """Whether a video moves: 1 if enough pairs of frames hold large motion, else 0.
 
-    Motion of a pair is the mean length of the largest twentieth of its flow; it is large above 6 pixels per 256 of the
-    frame's short side. A quarter as many pairs as there are frames must have it, rounded to the even number at a tie.
+    Motion is large above 6 pixels per 256 of the frame's short side. A quarter as many pairs as there are frames must
+    have it, rounded to the even number at a tie.
 
     Args:
-        flows: Flow in pixels of each pair of neighbours, N times (2, H, W), of the frames `sampled_at_8_fps`. (The
-            published program leaves on it what it added to reach multiples of 8 pixels.) Of an iterator no more are
+        motions: `pair_motion` of each pair of neighbours of the frames `sampled_at_8_fps`. Of an iterator no more are
             taken than decide.
-        num_frames: How many frames were sampled, N + 1.
+        num_frames: How many frames were sampled, one more than there are pairs.
         height: Of the frames, without padding.
         width: Of the frames, without padding.
         mode: compat asks for no pair at all of a video of two sampled frames, which is so called moving; fixed asks for
@@ -307,15 +324,15 @@ def dynamic_degree(
         1.0 or 0.0; 0.0 for a still video of three frames and more.
 
     Raises:
-        ValueError: If there are fewer than two sampled frames, or the flow has fewer than 20 pixels.
+        ValueError: If there are fewer than two sampled frames, or a flow has fewer than 20 pixels.
     """
     _check_count(num_frames, at_least=2, what="two frames at 8 a second")
     threshold = 6.0 * min(height, width) / 256
     needed = round(4 * num_frames / 16)
     needed = needed if mode == "compat" else max(1, needed)
     moving = 0
-    for flow in flows:
-        moving += _largest(flow, 0.05) > threshold
+    for motion in motions:
+        moving += motion > threshold
         if moving >= needed:
             return 1.0
     return 0.0
