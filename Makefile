@@ -33,12 +33,13 @@ check: setup  ## lint, format, types
 	@.venv/bin/ruff format --check .
 	@.venv/bin/basedpyright
 
-bench: setup  ## clips/s, images/s, loader samples/s, steps/s beside their limits; writes benchmarks/results/
+bench: setup  ## clips/s, images/s, loader samples/s, steps/s beside their limits, what metrics share; writes benchmarks/results/
 	@$(PYTHON_BIN) -m benchmarks.data
 	@$(PYTHON_BIN) -m benchmarks.loader
 	@$(PYTHON_BIN) -m benchmarks.run
 	@$(PYTHON_BIN) -m benchmarks.train
 	@$(PYTHON_BIN) -m benchmarks.states
+	@$(PYTHON_BIN) -m benchmarks.evaluate
 
 docs: setup  ## the documentation as a site in work/site
 	@.venv/bin/mkdocs build --quiet --strict --site-dir $(VC2_WORK)/site && echo "$(VC2_WORK)/site/index.html"
