@@ -275,7 +275,8 @@ class StateWriter:
                 if self.rank.is_first:
                     self._commit(snapshot)
                 self._forget_trouble(snapshot)
-                self._drop_kept(snapshot)
+                if self.rank.is_first or not self._ended.is_set():  # one rank's part alone makes no state yet
+                    self._drop_kept(snapshot)
                 return
             except PassedOver as reason:
                 log.warning("%s: the state of step %d is left out: %s", self.run.prefix, snapshot.ref.step, reason)
