@@ -196,10 +196,11 @@ def _files_of(folder: str, nothing: str) -> tuple[str, str]:
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over the names and contents of all files in a folder; empty if there are none."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    contents = [[path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
-    return digest(contents) if files else ""
+    """sha256 over the names and contents of the files in a folder, hidden ones left out; empty if there are none."""
+    found = sorted((path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file())
+    shown = [(name, path) for name, path in found if not any(part.startswith(".") for part in name.parts)]
+    contents = [[name.as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in shown]
+    return digest(contents) if shown else ""
 
 
 def what_it_takes(metric: Metric, mode: Mode, given: Given) -> tuple[str, str]:

@@ -9,7 +9,8 @@ from transformers import BertConfig
 from transformers.utils import logging as transformers_logging
 
 from vc2.errors import PretrainedMissing, WeightsError
-from vc2.eval.networks.folders import WEIGHTS, check_folder, folder_digest, opened, quiet
+from vc2.eval.metrics import folder_digest
+from vc2.eval.networks.folders import WEIGHTS, check_folder, opened, quiet
 
 
 def test_all_that_is_missing_is_named(tmp_path: Path) -> None:

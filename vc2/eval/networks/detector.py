@@ -27,7 +27,7 @@ Shapes: T frames, K frames looked at, N boxes, H x W pixels; frames uint8, red g
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from transformers import (
 )
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
+from vc2.eval.formulas import Mode
 from vc2.eval.networks.folders import WEIGHTS, check_folder, filled, opened
 
 __all__ = [
@@ -69,8 +70,6 @@ LEAST_AREA, LEAST_FREE, MOST_NEW = 200, 0.8, 0.4  # pixels; share of an instance
 MOST_INSTANCES = 255
 BOX_THRESHOLD = 0.6
 SHORT_SIDE, LONG_SIDE = 800, 1333
-
-Mode = Literal["compat", "fixed"]
 
 
 @dataclass(frozen=True, slots=True)

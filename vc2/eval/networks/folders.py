@@ -6,7 +6,6 @@ progress; here a folder is complete or an error names what it lacks, and nothing
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import sys
@@ -18,9 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from vc2.errors import PretrainedMissing, WeightsError
-from vc2.storage import file_digest
 
-__all__ = ["WEIGHTS", "check_folder", "filled", "folder_digest", "frozen", "opened", "quiet"]
+__all__ = ["WEIGHTS", "check_folder", "filled", "frozen", "opened", "quiet"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -67,18 +65,6 @@ def _check_shards(index: Path, what: str) -> None:
         raise PretrainedMissing(
             f"{index.parent}: {', '.join(missing)} not there, which {index.name} names; expected a folder with {what}"
         )
-
-
-def folder_digest(folder: Path) -> str:
-    """One sha256 for a folder: of the names and sha256 of its files, hidden ones left out.
-
-    Every file is read once; for tens of gigabytes that takes a minute.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    inner = {path.relative_to(folder): path for path in files}
-    shown = {name: path for name, path in inner.items() if not any(part.startswith(".") for part in name.parts)}
-    lines = [f"{name.as_posix()} {file_digest(path).sha256}\n" for name, path in shown.items()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def opened(kind: Any, folder: Path, **settings: Any) -> Any:
