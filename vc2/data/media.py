@@ -140,7 +140,9 @@ def probe(media: Media, source: Source, max_pixels: int) -> Facts:
     if media == "film" and (found == "video" or head[:3] == b"GIF"):
         return _probe_video(source, max_pixels)
     if found != media:
-        raise MediaError(RejectReason.NOT_MEDIA, f"{found or 'no known medium'}, expected {media}")
+        raise MediaError(
+            RejectReason.NOT_MEDIA, f"{found or 'no known medium'}, expected {'video' if media == 'film' else media}"
+        )
     return _probe_image(source, max_pixels) if found == "image" else _probe_video(source, max_pixels)
 
 
