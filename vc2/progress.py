@@ -3,15 +3,17 @@
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
 __all__ = [
     "Meter",
+    "Pace",
     "Progress",
     "counted",
+    "duration_text",
     "json_progress",
     "line_progress",
     "rich_progress",
@@ -30,19 +32,74 @@ def silent(work: str, done: int, total: int | None = None, **figures: float | st
     """Tell nobody."""
 
 
+WINDOW = 180.0  # seconds that a pace is taken over
+STANDSTILL = ("waiting_for", "looking_for", "failed", "next_attempt_in")  # figures of work that does not go on
+
+
+class Pace:
+    """How long a piece of work still takes, by how fast it went in the last minutes.
+
+    Not by how fast it went since the start: a start is slow, and what an earlier attempt had done costs nothing. The
+    pace is taken anew after a step back and after a standstill, and from the first step forward on.
+
+    Args:
+        clock: Seconds, growing.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: int | None = None  # what was done when it was last told
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def add(self, done: int, figures: Mapping[str, object] = {}) -> None:
+        """So much is done by now."""
+        now, before = self._clock(), self._known
+        stands = any(name in figures for name in STANDSTILL)
+        self._known = None if stands else done
+        if stands or (before is not None and done < before):
+            self._seen.clear()
+        elif before is not None and done > before:
+            self._seen.append((now, done))
+        while len(self._seen) > 2 and self._seen[1][0] < now - WINDOW:
+            self._seen.popleft()
+
+    def left(self, total: int | None) -> float | None:
+        """Seconds until all is done; None where that cannot be told yet."""
+        if total is None or len(self._seen) < 2 or self._known is None or total <= self._known:
+            return None
+        (start, first), (_, last) = self._seen[0], self._seen[-1]
+        # Up to now, not up to the last step: work that hangs has a pace that falls.
+        return (total - last) * max(self._clock() - start, 1e-3) / (last - first)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in units that suit them: 48 s, 7 min, 3 h 20 min, 4 d 6 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours + (minutes >= 30), 24)
+    return f"{days} d {hours} h"
+
+
 class _Lines:
     """A line at the start and the end of each piece of work, and at most every `interval` seconds between."""
 
     def __init__(self, interval: float) -> None:
         self.interval = interval
         self.last: dict[str, float] = {}
-        self.first: dict[str, tuple[float, int]] = {}
+        self.paces: dict[str, Pace] = {}
 
     def __call__(self, work: str, done: int, total: int | None = None, **figures: float | str) -> None:
         now = time.monotonic()
-        start, before = self.first.setdefault(work, (now, done))
-        if total is not None and before < done < total:
-            figures["eta"] = f"{(now - start) * (total - done) / (done - before):.0f} s"
+        pace = self.paces.setdefault(work, Pace())
+        pace.add(done, figures)
+        if (left := pace.left(total)) is not None:
+            figures["eta"] = duration_text(left)
         if done != total and now - self.last.get(work, -1e9) < self.interval:
             return
         self.last[work] = now
