@@ -1,5 +1,6 @@
 """Ranks: what they report arrives, what goes wrong is told once, and none outlives its starter."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -35,6 +36,10 @@ def main(config):
             time.sleep(0.05)
         time.sleep(0.5)  # for the state
         raise Preempted("step 3 is kept")
+    elif what == "talks":
+        for number in range(10_000 if rank.is_first else 3):
+            print(f"line {number} of {rank.rank}")
+        print("the end", end="")
     elif what == "preempted":
         raise Preempted("asked to stop at step 3; the same command goes on")
     else:
@@ -63,6 +68,20 @@ def test_progress_of_every_rank_arrives(rank_module: str, tmp_path: Path) -> Non
     told = []
     run(rank_module, tmp_path, "fine", lambda work, done, total=None, **figures: told.append((done, total, figures)))
     assert sorted(told, key=lambda line: line[0]) == [(1, 2, {"loss": 0.5}), (2, 2, {"loss": 0.5})]
+
+
+def test_of_much_talk_some_is_passed_on_and_the_rest_is_counted(
+    rank_module: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """10,000 lines make few records; those shown and those left out are all that there were, the log has them."""
+    with caplog.at_level(logging.INFO, "vc2.ranks"):
+        run(rank_module, tmp_path, "talks", lambda *_, **__: None)
+    said = [record.getMessage() for record in caplog.records if record.name == "vc2.ranks"]
+    (log,) = (tmp_path / "logs").iterdir()
+    left_out = [line for line in said if "lines left out; all of them:" in line]
+    assert all(line.endswith(str(log)) for line in left_out) and len(said) < 200
+    count = sum(int(line.split()[1]) for line in left_out)
+    assert len(said) - len(left_out) + count == len(log.read_text().splitlines()) > 10_000
 
 
 def test_the_first_error_is_told_in_one_line_and_ends_all(rank_module: str, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ config; so anything that sets these can start it. Two launchers are ours, behind
     ray     a Ray Job on a cluster (`vc2.ray_jobs`). It outlives whoever started it, who may come back and attach
 
 Ranks talk to their starter through their log: a line `@progress {...}` is a progress report, `@error {...}` says what
-ended a rank (`vc2.failures`). A rank whose partner is gone waits a moment before it ends, so that whoever has the cause
-to tell is heard: a launcher ends all ranks with the first.
+ended a rank (`vc2.failures`). All other lines are passed on to the logger `vc2.ranks`, as many as somebody may want to
+read; the log itself has them all. A rank whose partner is gone waits a moment before it ends, so that whoever has the
+cause to tell is heard: a launcher ends all ranks with the first.
 """
 
 import ctypes
@@ -57,11 +58,14 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+ranks_log = logging.getLogger("vc2.ranks")
 
 PARENT = "VC2_PARENT"  # environment variable by which a starter tells a process its pid
 RANK = "rank"  # first argument of this module where it is to run a rank
 PREEMPTED = 75  # exit code of a process that was asked to stop and left a state behind (EX_TEMPFAIL)
 GRACE = 20.0  # seconds between asking ranks to stop and killing them, where they have nothing to keep
+MOST_LINES, WINDOW = 20, 10.0  # lines of the ranks that are passed on in so many seconds
+LONGEST_LINE = 1000  # characters of it
 LISTEN = 3.0  # seconds that a rank whose partner is gone waits for others to tell why
 
 
@@ -175,6 +179,30 @@ class Unheard(LaunchFailed):
         super().__init__(message, "communication")
 
 
+class _Aloud:
+    """Passes lines on to a logger, so many in a while, and says how many it left out."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._since, self._shown, self._left_out = -math.inf, 0, 0
+
+    def add(self, line: str, log: str) -> None:
+        self.settle(log)
+        if self._shown == MOST_LINES:
+            self._left_out += 1
+            return
+        self._shown += 1
+        ranks_log.info("%s: %s", self.name, line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ...")
+
+    def settle(self, log: str, *, is_over: bool = False) -> None:
+        """Say how many lines were left out, when the while is over or nothing more will come."""
+        is_over = is_over or time.monotonic() - self._since > WINDOW
+        if is_over and self._left_out:
+            ranks_log.info("%s: %d lines left out; all of them: %s", self.name, self._left_out, log)
+        if is_over:
+            self._since, self._shown, self._left_out = time.monotonic(), 0, 0
+
+
 class Job(ABC):
     """Ranks that were started: poll it until it has an exit code.
 
@@ -188,6 +216,7 @@ class Job(ABC):
     def __init__(self, name: str, grace: float = GRACE) -> None:
         self.name, self.grace = name, grace
         self.errors: list[RankError] = []
+        self._aloud = _Aloud(name)
 
     @property
     @abstractmethod
@@ -207,10 +236,11 @@ class Job(ABC):
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log."""
 
-    def _hear(self, lines: Iterable[str], progress: Progress) -> None:
+    def _hear(self, lines: Iterable[str], progress: Progress, *, is_last: bool = False) -> None:
         for line in lines:
             tag, _, text = line.partition(" ")
             if tag not in ("@progress", "@error"):
+                self._aloud.add(line, self.log)
                 continue
             try:
                 said = json.loads(text)
@@ -220,6 +250,7 @@ class Job(ABC):
                 self.errors.append(RankError.of(said))
             else:
                 progress(said["work"], said["done"], said["total"], **said["figures"])
+        self._aloud.settle(self.log, is_over=is_last)
 
 
 class LocalJob(Job):
@@ -238,9 +269,9 @@ class LocalJob(Job):
         with open(self._log, "rb") as file:
             file.seek(self._read)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = data if code is not None else data[: data.rfind(b"\n") + 1]  # who is cut off ends in no new line
         self._read += len(whole)
-        self._hear(whole.decode(errors="replace").splitlines(), progress)
+        self._hear(whole.decode(errors="replace").splitlines(), progress, is_last=code is not None)
         return code
 
     def cancel(self) -> None:
@@ -308,7 +339,8 @@ def run_ranks(
     module: str, config_uri: str, *, world_size: int, work: Path, name: str, progress: Progress = silent
 ) -> None:
     """Start local ranks and wait for them; errors are those of `watch`."""
-    watch(start(module, config_uri, world_size=world_size, work=work, name=name), progress)
+    environment = {"VC2_WORK": str(work.absolute())}
+    watch(start(module, config_uri, world_size=world_size, work=work, name=name, environment=environment), progress)
 
 
 def watch(job: Job, progress: Progress = silent, interval: float = 0.2) -> None:

@@ -79,8 +79,8 @@ def ray_address() -> Iterator[str]:
     """One Ray session for all tests of this folder."""
     from vc2.ray_session import ray_session
 
-    with ray_session(2) as address:
-        yield address
+    with ray_session(2) as held:
+        yield held.address
 
 
 class SetMaker:

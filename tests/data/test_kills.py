@@ -135,3 +135,23 @@ def test_three_kills(stage: ShardStage, unbroken: Manifest, ray_address: str, se
 def test_fifty_kills(stage: ShardStage, unbroken: Manifest, ray_address: str, session: str, tmp_path: Path) -> None:
     """The same, fifty times."""
     kill_often(50, stage, unbroken, ray_address, session, tmp_path)
+
+
+def test_a_lost_ray_is_told_and_the_next_call_does_the_rest(
+    stage: ShardStage, unbroken: Manifest, tmp_path: Path
+) -> None:
+    """kill -9 of the head that a stage has for itself: no hang, no abort, one error; what was built stays."""
+    store, name = LocalStore(tmp_path / "store"), name_of(stage)
+    arguments = [stage.model_dump_json(), store.uri, str(tmp_path / "work"), name]
+    own = {variable: value for variable, value in os.environ.items() if not variable.startswith("RAY_")}
+    with subprocess.Popen([sys.executable, "-c", CODE, *arguments], env=own, stderr=subprocess.PIPE) as driver:
+        while not [*store.list(f"{shard_set_prefix('mine', name)}/parts/")]:
+            assert driver.poll() is None
+            time.sleep(0.02)
+        heads = [child for child in psutil.Process(driver.pid).children(recursive=True) if child.name() == "gcs_server"]
+        heads[0].kill()
+        said = driver.communicate()[1].decode()
+    assert driver.returncode == 1 and "LaunchFailed: Ray is lost: " in said
+    made = prepare(stage, store, tmp_path / "work", fingerprint=name)
+    assert made is not None
+    assert load_manifest(store, made.prefix).content_digest == unbroken.content_digest

@@ -1,9 +1,9 @@
-"""From a source to a shard set: fetch and probe, plan, build, commit. The one place in this package that knows Ray.
+"""From a source to a shard set: fetch and probe, plan, build, commit. The one place in this package that knows of Ray.
 
-Work is spread as *parts* of the ledger and then as *shards* of the plan, one Ray Data row each; what travels is a
-small description, and a worker reads and writes the store by itself. Each part and each shard is committed on its
-own, so a kill costs those in work and no more, and what a shard holds depends on ledger and plan alone: same bytes
-for any number of workers and after any kill.
+Work is spread as *parts* of the ledger and then as *shards* of the plan, one Ray Data row each (`vc2.ray_session`);
+what travels is a small description, and a worker reads and writes the store by itself. Each part and each shard is
+committed on its own, so a kill costs those in work and no more, and what a shard holds depends on ledger and plan
+alone: same bytes for any number of workers and after any kill.
 
     shards/<source>/<fingerprint>/plan.parquet       what goes where
     shards/<source>/<fingerprint>/parts/...          a shard is finished: its slots, and its tar among the objects
@@ -13,7 +13,6 @@ for any number of workers and after any kill.
 """
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vc2 import errors
 from vc2.artifacts import FileEntry, ShardSet, find, put_file, shard_set_prefix
 from vc2.data import ledger as ledgers
 from vc2.data.accounts import require_yield
@@ -41,10 +39,10 @@ from vc2.data.plan import UNPLANNED, Planner, judge
 from vc2.data.rejects import RejectReason
 from vc2.data.sets import Gathered, Job, Removal, commit_set, gather, is_reconsidered
 from vc2.data.sources import Record, read_records
-from vc2.errors import Vc2Error, YieldTooLow
+from vc2.errors import YieldTooLow
 from vc2.launch import cpu_count
 from vc2.progress import Meter, Progress, silent
-from vc2.ray_session import ray_session
+from vc2.ray_session import HeldSession, ray_session
 from vc2.storage import Store, open_store
 
 __all__ = ["prepare"]
@@ -111,7 +109,7 @@ class _Making:
             "prefix": job.prefix,
             "generation": job.generation,
         }
-        self.has_ray = False
+        self.ray: HeldSession | None = None
 
     def make(self, only: range | None) -> ShardSet | None:
         started = time.monotonic()
@@ -124,16 +122,17 @@ class _Making:
         return commit_set(self.job, gather(self.job, self.planned, self._tells_unmatched), started)
 
     def _spread(self, work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]) -> Iterator[Any]:
-        """`_spread`, with Ray started when there is first something to spread: one piece alone is done here, unless
-        there is a cluster to do it."""
-        if len(items) == 1 and not self.has_ray and "RAY_ADDRESS" not in os.environ:
+        """Do `work` for each item; results as they come. Ray is started when there is first something to spread: one
+        piece alone is done here, unless there is a cluster to do it."""
+        if len(items) == 1 and self.ray is None and "RAY_ADDRESS" not in os.environ:
             yield work(items[0])
             return
-        if items and not self.has_ray:
+        if items and self.ray is None:
             started = time.monotonic()
-            self.stack.enter_context(ray_session())
-            self.job.seconds["ray_start"], self.has_ray = round(time.monotonic() - started, 2), True
-        yield from _spread(work, items, self.config.workers)
+            self.ray = self.stack.enter_context(ray_session())
+            self.job.seconds["ray_start"] = round(time.monotonic() - started, 2)
+        if self.ray is not None:
+            yield from self.ray.spread(f"{work.__module__}:{work.__name__}", items, self.config.workers)
 
     def _timed(self, name: str, act: Callable[..., Any], *args: Any) -> Any:
         started = time.monotonic()
@@ -393,36 +392,6 @@ def _as_numbered(parts: Iterable[pa.Table], numbers: Mapping[str, int]) -> Itera
 
 
 # ---- work that is spread ----
-
-
-def _spread(
-    work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]], workers: int | None
-) -> Iterator[dict[str, Any]]:
-    """Do `work` for each item somewhere on the cluster, an item at a time; results as they come."""
-    if not items:
-        return
-    import ray.data
-    from ray.data import DataContext, TaskPoolStrategy
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = False
-    described = [{"work": work.__name__, "item": json.dumps(item)} for item in items]
-    rows = ray.data.from_items(described, override_num_blocks=len(described))
-    for row in rows.map(_do, num_cpus=1, compute=TaskPoolStrategy(size=workers)).iter_rows():
-        said = json.loads(row["said"])
-        if "error" in said:
-            raise getattr(errors, said["error"], Vc2Error)(said["message"])
-        yield said
-
-
-def _do(row: dict[str, str]) -> dict[str, str]:
-    """On a worker. Errors that are meant for the user travel as text: Ray would bury them in its own."""
-    try:
-        work = {act.__name__: act for act in (_fetch_piece, build_shard, strip_shard)}[row["work"]]
-        said = work(json.loads(row["item"]))
-    except Vc2Error as error:
-        said = {"error": type(error).__name__, "message": str(error)}
-    return {"said": json.dumps(said)}
 
 
 def _fetch_piece(item: dict[str, Any]) -> dict[str, Any]:
