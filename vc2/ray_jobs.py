@@ -1,12 +1,13 @@
-"""Ranks on a Ray cluster: a Ray Job that runs Ray Train, whose workers start the ranks.
+"""Work on a Ray cluster as Ray Jobs: ranks, or one process that needs the cluster.
 
     flow or command   submits the job, polls it, stops it          JobSubmissionClient, HTTP to the job server
     Ray Job           `python -m vc2.ray_jobs`, on the cluster     Ray Train; prints what the ranks say
     train worker      one per rank, placed by Ray                  sets the rank's variables, hands on its lines
     rank              `python -m vc2.launch rank MODULE URI`       the same process as under any other launcher
 
-The submission id names the work, so whoever lost a job finds it again: a job that is there already is attached to. The
-job lives and dies by itself. When it is stopped, Ray ends its workers, and a rank dies with its worker.
+The submission id names the work and which attempt at it this is, so whoever lost a job finds it again: a job that is
+there already is attached to. The job lives and dies by itself. When it is stopped, Ray ends its workers, and a rank
+dies with its worker. A cluster whose head was started anew knows nothing of its jobs: then the job is lost.
 
 A rank is a process of its own, since it handles signals, exits at once when it fails, and makes its own process group;
 so workers need no process group of theirs, and Ray Train is asked for none.
@@ -22,18 +23,20 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vc2.errors import ConfigError, LaunchFailed
-from vc2.failures import RankError, hung, killed_by
-from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, Unheard, last_lines, rank_environment
+from vc2.failures import RankError, Retries, hung, killed_by
+from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, Unheard, last_lines, rank_environment, watch
 from vc2.progress import Progress, silent
+from vc2.storage import Store, join_uri
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["RayJob", "is_running", "local_rank", "start_job"]
+__all__ = ["RayJob", "cluster_resources", "is_running", "local_rank", "start_job"]
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ SUBMIT = 120.0  # seconds for which a job server that takes no job is asked agai
 SILENCE = 600.0  # seconds for which the job server may not answer before its job is called unheard
 NO_ANSWER = (RuntimeError, OSError)  # of a job server; what `requests` raises is an OSError
 PROGRESS_EVERY = 1.0  # seconds between two lines of progress of one work in a job's log
-MAIN = "-m vc2.ray_jobs"
+RETRIES = 2  # attempts at a job after failures that may pass, that get no further than the one before
 
 
 # ---- the side of the starter ----
@@ -79,13 +82,18 @@ class RayJob(Job):
         return code
 
     def _poll(self, progress: Progress) -> int | None:
-        status = self._client.get_job_status(self.job_id)
+        status = _asked(self._client, self.job_id)
+        if status is None:
+            why = "the cluster does not know the job any more; its head was started anew"
+            self.errors.append(RankError(0, "communication", why))
+            self._hear([], progress, is_last=True)
+            return 1
         began = time.monotonic()
         if status.is_terminal() or began >= self._next_look:
             self._text = self._client.get_job_logs(self.job_id)
             self._next_look = time.monotonic() + SHARE * (time.monotonic() - began)
-            whole = self._text.rfind("\n") + 1
-            self._hear(self._text[self._read : whole].splitlines(), progress)
+            whole = len(self._text) if status.is_terminal() else self._text.rfind("\n") + 1
+            self._hear(self._text[self._read : whole].splitlines(), progress, is_last=status.is_terminal())
             self._read = max(self._read, whole)
         if not status.is_terminal():
             return None
@@ -98,7 +106,8 @@ class RayJob(Job):
         is_asked = False
         while time.monotonic() < until:
             try:
-                if self._client.get_job_status(self.job_id).is_terminal():
+                status = _asked(self._client, self.job_id)
+                if status is None or status.is_terminal():
                     return
                 is_asked = is_asked or self._client.stop_job(self.job_id)
             except NO_ANSWER as error:
@@ -123,15 +132,21 @@ def start_job(module: str, config_uri: str, *, world_size: int, job_id: str, dev
         ConfigError: If no cluster is named.
         LaunchFailed: If it does not take the job.
     """
+    return submit(["vc2.ray_jobs", module, config_uri, str(world_size), device], job_id)
+
+
+def submit(words: Sequence[str], job_id: str) -> RayJob:
+    """Run `python -m words...` on the cluster's head, or attach to the job of that id; errors as of `start_job`."""
     client = _client()
     if _status(client, job_id) is not None:
         return RayJob(client, job_id)
     settings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    command = f"python {MAIN} {shlex.join([module, config_uri, str(world_size), device])}"
     until = time.monotonic() + SUBMIT
     while True:
         try:
-            client.submit_job(entrypoint=command, submission_id=job_id, runtime_env={"env_vars": settings})
+            client.submit_job(
+                entrypoint=f"python -m {shlex.join(words)}", submission_id=job_id, runtime_env={"env_vars": settings}
+            )
             return RayJob(client, job_id)
         except NO_ANSWER as error:  # as of a head that has just been started
             if _status(client, job_id) is not None:  # another starter was first
@@ -143,10 +158,93 @@ def start_job(module: str, config_uri: str, *, world_size: int, job_id: str, dev
         time.sleep(2.0)
 
 
+def do_as_job(
+    name: str,
+    request: bytes,
+    store: Store,
+    folder: str,
+    begin: Callable[[str, str], RayJob],
+    *,
+    reached: Callable[[], int],
+    progress: Progress = silent,
+) -> None:
+    """Have a piece of work done by a Ray Job: by the newest one where that runs, else by another. Safe to repeat.
+
+    What was asked of attempt n is kept at `folder/<n>.json`, its job is `name-<n>`. One that failed by what may pass is
+    followed by another; one that its starter left alone is come back to.
+
+    Args:
+        name: Of the work.
+        request: What is asked.
+        store, folder: Where requests are kept; the cluster must reach the store by its URI.
+        begin: Starts the job, or attaches to it, by the URI of the request and the submission id.
+        reached: How far the work has come, in any unit that grows.
+        progress: Told what the job reports.
+
+    Raises:
+        ConfigError: If no cluster is named.
+        LaunchFailed: If a job failed and another would not help, or did not.
+        Preempted: If the job was stopped.
+    """
+    retries = Retries(RETRIES)
+    while True:
+        try:
+            number = _attempt(name, request, store, folder)
+            job = begin(join_uri(store.uri, f"{folder}/{number:04d}.json"), f"{name}-{number}")
+            watch(job, progress, interval=1.0)
+            return
+        except Unheard:
+            raise  # it may well go on, and is come back to
+        except LaunchFailed as failure:
+            pause = retries.pause(failure, reached())
+            if pause is None:
+                raise
+            log.warning("%s: %s; another attempt in %.0f s", name, failure, pause)
+            time.sleep(pause)
+
+
+def _attempt(name: str, request: bytes, store: Store, folder: str) -> int:
+    """The attempt to work on: the newest where its job runs, or was asked for and never begun; else a new one."""
+    client = _client()
+    while True:
+        newest = max((int(Path(entry.key).stem) for entry in store.list(f"{folder}/")), default=0)
+        if newest:
+            status = _status(client, f"{name}-{newest}")
+            if status is None and store.read(f"{folder}/{newest:04d}.json") == request:
+                return newest  # its starter ended right then, another is about to begin it, or its cluster is gone
+            if status is not None and not status.is_terminal():
+                return newest
+        if store.write_if_absent(f"{folder}/{newest + 1:04d}.json", request):
+            return newest + 1
+
+
 def is_running(job_id: str) -> bool:
     """Whether there is such a job that has not ended."""
     status = _status(_client(), job_id)
     return status is not None and not status.is_terminal()
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the machines of the cluster have in all, used or not: `CPU`, `GPU`, `memory` and whatever else they name;
+    under `machines` how many there are.
+
+    Raises:
+        ConfigError: If no cluster is named.
+        LaunchFailed: If it does not answer.
+    """
+    _client()  # tells what is wrong in our words
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)
+    except (RayStateApiException, *NO_ANSWER) as error:
+        raise LaunchFailed(f"the cluster does not say what it has ({_first_line(error)})", "communication") from None
+    found: dict[str, float] = {"machines": len(nodes)}
+    for node in nodes:
+        for name, amount in vars(node)["resources_total"].items():  # types do not know it
+            found[name] = found.get(name, 0) + amount
+    return found
 
 
 def _client() -> "JobSubmissionClient":
@@ -167,11 +265,19 @@ def _client() -> "JobSubmissionClient":
 
 def _status(client: "JobSubmissionClient", job_id: str) -> Any:
     try:
+        return _asked(client, job_id)
+    except NO_ANSWER as error:
+        raise Unheard(f"{job_id}: the job server says {_first_line(error)}") from None
+
+
+def _asked(client: "JobSubmissionClient", job_id: str) -> Any:
+    """What the job server says of a job; None: it knows none of that id."""
+    try:
         return client.get_job_status(job_id)
     except NO_ANSWER as error:
-        if "does not exist" in str(error) or "404" in str(error):
+        if "does not exist" in str(error) or "status code 404" in str(error):
             return None
-        raise Unheard(f"{job_id}: the job server says {_first_line(error)}") from None
+        raise
 
 
 def _first_line(error: Exception) -> str:
@@ -208,24 +314,25 @@ def run_job(module: str, config_uri: str, world_size: int, device: str) -> int:
     over, printed = threading.Event(), _Printed()
     speaker = threading.Thread(target=_print_all, args=(ears, over, printed), daemon=True)
     speaker.start()
-    trainer = DataParallelTrainer(
-        start_rank,
-        train_loop_config={"module": module, "config_uri": config_uri, "ears": ears},
-        scaling_config=ScalingConfig(num_workers=world_size, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name="vc2",
-            storage_path=tempfile.mkdtemp(prefix="vc2-train-"),  # nothing is reported, so nothing lies there
-            failure_config=FailureConfig(max_failures=0),  # whoever submitted the job decides about another attempt
-        ),
-    )
     failure = None
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        failure = error
-    finally:
-        over.set()
-        speaker.join(GRACE)  # whatever ended the ranks, what they said is printed
+    with tempfile.TemporaryDirectory(prefix="vc2-train-", ignore_cleanup_errors=True) as folder:  # stays next to empty
+        trainer = DataParallelTrainer(
+            start_rank,
+            train_loop_config={"module": module, "config_uri": config_uri, "ears": ears},
+            scaling_config=ScalingConfig(num_workers=world_size, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name="vc2",
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0),  # whoever submitted the job decides about another attempt
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            failure = error
+        finally:
+            over.set()
+            speaker.join(GRACE)  # whatever ended the ranks, what they said is printed
     if failure is None:
         return 0
     if not printed.errors:

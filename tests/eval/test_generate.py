@@ -9,8 +9,9 @@ from vc2.artifacts import Checkpoint, FileEntry, Manifest, SampleSet, commit, lo
 from vc2.data.video_files import read_video
 from vc2.errors import ConfigError
 from vc2.eval.config import Prompt, SampleStage
-from vc2.eval.generate import Launch, cut_into_groups, generate, prompt_seed
+from vc2.eval.generate import cut_into_groups, generate, prompt_seed
 from vc2.eval.generate_rank import load_generator, main
+from vc2.eval.ranks import Launch
 from vc2.model.autoencoder import Autoencoder
 from vc2.model.config import AutoencoderConfig, SamplerConfig, ScheduleConfig, TextConfig, UNetConfig
 from vc2.model.unet import UNet3D

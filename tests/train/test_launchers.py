@@ -4,15 +4,12 @@ import contextlib
 import http.server
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.clusters import ray_head, ray_node
 from vc2.artifacts import Checkpoint, FileEntry, ShardSet
 from vc2.errors import ConfigError, LaunchFailed, StoreError
 from vc2.launch import Unheard, rank_environment, watch
 from vc2.storage import Entry, LocalStore, open_store
 from vc2.train.attempts import Attempt, Run, this_process
 from vc2.train.config import Layout, TrainStage
+from vc2.train.rehearsal import rehearse
 from vc2.train.request import RankRequest
 from vc2.train.run import train
 
@@ -258,49 +257,34 @@ def test_what_may_pass_is_tried_again_and_what_cannot_is_not(make_place: Callabl
 # ---- ray ----
 
 
-@contextlib.contextmanager
-def ray_node(*arguments: str, folder: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A Ray node, ended with all its processes."""
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    settings |= {
-        "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "VC2_WORK": f"{folder}/work",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    command = [str(Path(sys.executable).with_name("ray")), "start", *arguments, "--num-cpus=1", "--block"]
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*command, "--object-store-memory=80000000"], env=settings, stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        yield process
-    finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
-            with contextlib.suppress(psutil.Error):
-                one.kill()
-        psutil.wait_procs(family, timeout=20)
-        process.wait()
-
-
-@pytest.fixture
-def ray_cluster(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A head with a job server, and a second node, each with one core: a rank runs on either."""
-    folder = tempfile.mkdtemp(prefix="vc2j", dir="/tmp")  # Ray's socket paths must be short
-    port, server = free_port(), free_port()
-    head = [f"--port={port}", f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={server}"]
-    try:
-        with ray_node("--head", *head, folder=folder, log=tmp_path / "head.log") as process:
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{server}/api/version", timeout=5).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, (tmp_path / "head.log").read_text()
-                    time.sleep(0.2)
-            with ray_node(f"--address=127.0.0.1:{port}", folder=folder, log=tmp_path / "node.log"):
-                yield f"http://127.0.0.1:{server}"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    logs = tmp_path_factory.mktemp("cluster")
+    with ray_head(logs) as head:
+        with ray_node(f"--address={head.address}", folder=head.folder, log=logs / "node.log"):
+            yield head.jobs
+
+
+@pytest.mark.slow
+def test_a_rehearsal_on_a_cluster_goes_through_all_steps_and_leaves_nothing(
+    ray_cluster: str, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank on each of two nodes; what they found is told here, and the store is as before."""
+    from vc2.ray_jobs import cluster_resources
+
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_cluster)
+    while (there := cluster_resources())["machines"] < 2:
+        time.sleep(0.2)
+    assert there["CPU"] == 2
+    steps: list[float | str] = []
+    found = rehearse(
+        TrainStage(device="cpu", launcher="ray"), store, tmp_path / "work", world_size=2,
+        progress=lambda work, done, total=None, **figures: steps.append(figures["step"]),
+    )  # fmt: skip
+    assert steps == ["started", "met", "summed", "updated", "kept", "restored"]
+    assert found.world_size == 2 and found.state_bytes >= 4 * 4 * 2**20
+    assert list(store.list("")) == []
 
 
 @pytest.mark.slow

@@ -59,8 +59,8 @@ class _Source(Config):
     """What all sources have. Places may be local paths, `s3://bucket/prefix` or, file by file, `http(s)://` URLs with
     `{000..127}` for a range of numbers."""
 
-    name: str = Field(pattern=SOURCE_NAME)
-    license: str = "not stated"
+    name: str = Field(pattern=SOURCE_NAME)  # of the source, in the store and in tables
+    license: str = "not stated"  # what may be done with it; kept in the manifest
     min_yield: float = knob(0.5, ge=0, le=1, description="share of rows that must become samples")
 
     @property
@@ -77,11 +77,14 @@ class _Source(Config):
 class WebVidSource(_Source):
     """WebVid: a CSV with the columns videoid, name, page_dir, contentUrl, and the videos as files or URLs."""
 
-    kind: Literal["webvid"] = "webvid"
-    name: str = Field(default="webvid", pattern=SOURCE_NAME)
+    kind: Literal["webvid"] = "webvid"  # which form of source
+    name: str = Field(default="webvid", pattern=SOURCE_NAME)  # of the source, in the store and in tables
     table: str = knob(description="the CSV, or a folder of CSVs")
     videos: str | None = knob(None, description="folder of <page_dir>/<videoid>.mp4; without it contentUrl is fetched")
-    license: str = "WebVid terms: non-commercial research, no redistribution; videos belong to their owners"
+    license: str = Field(
+        default="WebVid terms: non-commercial research, no redistribution; videos belong to their owners",
+        description="what may be done with it; kept in the manifest",
+    )
 
     @property
     def media(self) -> Literal["video", "image"]:
@@ -92,12 +95,12 @@ class LaionSource(_Source):
     """LAION-COCO, LAION-Aesthetics and their relatives: Parquet parts with URL, captions and scores, whose images are
     fetched; or, in `archives`, the tars that img2dataset made of them."""
 
-    kind: Literal["laion-coco", "laion-aesthetics"] = "laion-coco"
-    name: str = Field(default="laion-coco", pattern=SOURCE_NAME)
+    kind: Literal["laion-coco", "laion-aesthetics"] = "laion-coco"  # which form of source
+    name: str = Field(default="laion-coco", pattern=SOURCE_NAME)  # of the source, in the store and in tables
     table: str | None = knob(None, description="a Parquet file, or a folder of them")
     archives: str | None = knob(None, description="folder of tars made by img2dataset, in place of `table`")
-    license: str = "captions CC-BY-4.0 (LAION); images belong to their owners"
-    min_yield: float = knob(0.2, ge=0, le=1)
+    license: str = "captions CC-BY-4.0 (LAION); images belong to their owners"  # what may be done with it
+    min_yield: float = knob(0.2, ge=0, le=1)  # least share of rows that become samples; fewer is an error
 
     @property
     def media(self) -> Literal["video", "image"]:
@@ -117,14 +120,14 @@ class LaionSource(_Source):
 class JourneyDBSource(_Source):
     """JourneyDB: JSON lines and numbered .tgz archives of pictures, joined by the UUID in the file names."""
 
-    kind: Literal["journeydb"] = "journeydb"
-    name: str = Field(default="jdb", pattern=SOURCE_NAME)
+    kind: Literal["journeydb"] = "journeydb"  # which form of source
+    name: str = Field(default="jdb", pattern=SOURCE_NAME)  # of the source, in the store and in tables
     table: str = knob(description="the .jsonl, or the .tgz that holds it")
     archives: str = knob(description="folder of the image archives (.tgz, .tar.gz or .tar)")
     caption: Literal["prompt", "caption"] = Field(
         default="prompt", description="prompt, or the caption written for it (Task2)"
     )
-    license: str = "JourneyDB terms: non-commercial research, no redistribution"
+    license: str = "JourneyDB terms: non-commercial research, no redistribution"  # what may be done with it
 
     @property
     def media(self) -> Literal["video", "image"]:
@@ -139,8 +142,8 @@ class TarSource(_Source):
     """Any webdataset tars, such as those that video2dataset and img2dataset write: members `<key>.mp4` or `<key>.jpg`
     with `<key>.txt` (the caption) and `<key>.json` (captions, scores, whatever else) beside them."""
 
-    kind: Literal["webdataset"] = "webdataset"
-    media: Literal["video", "image"]
+    kind: Literal["webdataset"] = "webdataset"  # which form of source
+    media: Literal["video", "image"]  # videos or images
     archives: str = knob(description="folder of tars, one tar, or a range {00000..00099}.tar")
 
     @property
@@ -156,8 +159,8 @@ class FolderSource(_Source):
     row and its caption stands in a .txt (or the field `caption` of a .json) of the same name.
     """
 
-    kind: Literal["folder"] = "folder"
-    media: Literal["video", "image"]
+    kind: Literal["folder"] = "folder"  # which form of source
+    media: Literal["video", "image"]  # videos or images
     folder: str = knob(description="where the files lie")
     table: str | None = knob(None, description="table of file, caption, and whatever else is worth keeping")
     file_column: str = Field("file", description="name of the column with the path or URL")
@@ -170,13 +173,13 @@ Source = Annotated[WebVidSource | LaionSource | JourneyDBSource | TarSource | Fo
 class FetchConfig(Config):
     """How raw bytes are brought in and checked. Times in seconds."""
 
-    connect_timeout: float = Field(default=10, gt=0)
+    connect_timeout: float = Field(default=10, gt=0)  # seconds
     idle_timeout: float = Field(default=15, gt=0, description="longest silence within an answer")
     total_timeout: float = Field(default=60, gt=0, description="for one row, all attempts and waits together")
     retries: int = Field(
         default=2, ge=0, description="further attempts after 429, 5xx, broken connections, truncated bodies"
     )
-    max_bytes: int = Field(default=256 * 2**20, gt=0)
+    max_bytes: int = Field(default=256 * 2**20, gt=0)  # of one file; more is a reject
     max_pixels: int = Field(
         default=100_000_000, gt=0, description="of an image or a frame: guards against decompression bombs"
     )
@@ -191,7 +194,7 @@ class FetchConfig(Config):
     concurrency: int = knob(32, ge=1, description="requests at a time per worker")
     per_host: int = knob(8, ge=1, description="requests at a time per worker to one host; workers do not share it")
     host_interval: float = knob(0.0, ge=0, description="least time between requests of a worker to one host")
-    user_agent: str = knob("vc2 (dataset preparation)")
+    user_agent: str = knob("vc2 (dataset preparation)")  # what servers are told that we are
     connect_to: dict[str, str] = knob({}, description='"host[:port]" of a URL -> "address:port" to connect to instead')
     allow_hosts: tuple[str, ...] = Field(
         (),
@@ -202,12 +205,12 @@ class FetchConfig(Config):
 class SampleForm(Config):
     """One training sample: exactly `num_frames` frames of one size, every `stride`-th of the source (an image: 1)."""
 
-    num_frames: int = Field(default=16, ge=1)
+    num_frames: int = Field(default=16, ge=1)  # 1: images
     width: int = Field(default=512, ge=8)  # pixels
-    height: int = Field(default=320, ge=8)
-    min_stride: int = Field(default=1, ge=1)
-    max_stride: int = Field(default=6, ge=1)
-    clips_per_video: int = Field(default=1, ge=1)
+    height: int = Field(default=320, ge=8)  # pixels
+    min_stride: int = Field(default=1, ge=1)  # least source frames from one taken frame to the next
+    max_stride: int = Field(default=6, ge=1)  # most source frames from one taken frame to the next
+    clips_per_video: int = Field(default=1, ge=1)  # at most; spread over the video
     short_clip: Literal["stride", "hold", "reject"] = Field(
         "stride",
         description="a video too short for the stride drawn: take the largest stride that fits, hold its last frame, "
@@ -216,7 +219,7 @@ class SampleForm(Config):
     codec: Literal["jpeg", "x264"] = Field(
         "jpeg", description="of clips: JPEG frames (fast, each on its own) or an H.264 file (a third of the bytes)"
     )
-    jpeg_quality: int = Field(default=95, ge=50, le=100)
+    jpeg_quality: int = Field(default=95, ge=50, le=100)  # of frames and images
     x264_crf: int = Field(default=15, ge=0, le=40, description="smaller: better")
 
     @model_validator(mode="after")
@@ -240,8 +243,8 @@ class Filters(Config):
     languages: tuple[str, ...] = Field((), description="ISO 639-1 codes a caption may be in; empty: any")
     max_pwatermark: float | None = Field(default=None, ge=0, le=1, description="probability of a watermark (LAION)")
     max_punsafe: float | None = Field(default=None, ge=0, le=1, description="probability of unsafe content (LAION)")
-    min_similarity: float | None = Field(default=None, description="of picture and caption (LAION: CLIP)")
-    min_aesthetic: float | None = Field(default=None, description="aesthetic score (LAION-Aesthetics: 1 to 10)")
+    min_similarity: float | None = Field(default=None, ge=-1, le=1, description="of picture and caption (LAION: CLIP)")
+    min_aesthetic: float | None = Field(default=None, ge=0, le=10, description="score (LAION-Aesthetics: 1 to 10)")
     min_motion: float | None = Field(
         default=0.02, ge=0, description="a clip whose frames differ less is still: mean luma difference, 0 to 255"
     )
@@ -274,8 +277,11 @@ class ShardStage(Config):
     decode_seconds: float = Field(
         60, gt=0, description="deadline for the clips of one file; a file that misses it is rejected"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)  # of the choice and order of samples
     workers: int | None = knob(None, ge=1, description="shards at a time; default: as many as there are cores")
+    launcher: Literal["local", "ray"] = knob(
+        "local", description="where the stage runs: in this process, which spreads it over Ray; or as a Ray Job"
+    )
 
     @model_validator(mode="after")
     def _images_have_one_frame(self) -> "ShardStage":
@@ -448,16 +454,17 @@ def _check_folder(source: Source, role: str, place: str) -> None:
         raise SourceError(f"source {source.name}: {role} {place} is not a folder; check the path")
 
 
-def ledger_prefix(config: ShardStage, repeat: int = 0, change: str = "") -> str:
+def ledger_prefix(config: ShardStage, repeat: int = 0, change: str = "", *, tables: str = "") -> str:
     """Where the ledger of a stage lies in the store: shared by all stages that would fetch the same in the same way.
 
     Args:
         config: The stage.
         repeat: Raised to fetch once more.
         change: Digest of the change that a later generation is made by.
+        tables: Digest of the source, where it is known; empty: it is taken here.
     """
     asked = {
-        "tables": source_digest(config.source),
+        "tables": tables or source_digest(config.source),
         "source": config.source.identity(),
         "fetch": config.fetch.identity(),
         "limit": config.limit,

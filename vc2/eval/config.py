@@ -30,18 +30,19 @@ class SampleStage(Config):
     )
     num_prompts: int | None = Field(None, ge=1, description="the first so many prompts; empty: all")
     sampler: SamplerConfig = SamplerConfig()
-    frames: int = Field(16, ge=1)
-    width: int = Field(512, ge=8)
-    height: int = Field(320, ge=8)
+    frames: int = Field(16, ge=1)  # per video
+    width: int = Field(512, ge=8)  # pixels
+    height: int = Field(320, ge=8)  # pixels
     play_fps: int = Field(
         10, ge=1, description="rate written into the mp4 files; `sampler.fps` is what the network is told"
     )
-    weights: Literal["ema", "raw"] = "ema"
-    seed: int = 123
+    weights: Literal["ema", "raw"] = "ema"  # which weights of the checkpoint
+    seed: int = Field(123, ge=0)  # of the noise that videos start from
     group_size: int = Field(4, ge=1, description="prompts sampled together; a group is redone whole")
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
     world_size: int = knob(1, ge=1, description="ranks that share the groups")
-    device: Literal["cpu", "cuda"] = knob("cpu")
+    device: Literal["cpu", "cuda"] = knob("cpu")  # of the ranks
+    launcher: Literal["local", "ray"] = knob("local", description="who starts the ranks: torchrun here, or a Ray Job")
 
     @model_validator(mode="after")
     def _ids_differ(self) -> "SampleStage":
@@ -80,7 +81,7 @@ class SampleStage(Config):
 class EvaluateStage(SampleStage):
     """Videos from a checkpoint, and their scores."""
 
-    benchmark: Literal["evalcrafter", "none"] = "evalcrafter"
+    benchmark: Literal["evalcrafter", "none"] = "evalcrafter"  # whose prompts and metrics
     metrics: tuple[MetricName, ...] = Field(
         (), description="names of metrics, of VBench's quality half too; empty: EvalCrafter's 17"
     )
@@ -93,7 +94,7 @@ class EvaluateStage(SampleStage):
     dover_first: Literal["aesthetic", "technical"] = Field(
         "aesthetic", description="DOVER's branch that VQA_A is made from; which one the leaderboard took is not known"
     )
-    dover_seed: int = Field(0, description="of the places that DOVER looks at; drawn without one upstream")
+    dover_seed: int = Field(0, ge=0, description="of the places that DOVER looks at; drawn without one upstream")
     references: str = knob("", description="folder of images that SDXL painted of the prompts; for SD_Score")
     photos: str = knob("", description="folder of photographs, a folder for each person; for Celebrity_ID_Score")
     files: dict[str, str] = knob({}, description="files of foreign weights, by the names that `vc2 doctor` has")

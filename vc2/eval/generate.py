@@ -14,16 +14,18 @@ thread, so neither the number of ranks nor an interruption changes a bit. Parall
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
 from vc2.artifacts import Artifact, Checkpoint, FileEntry, Manifest, SampleSet, commit, find, put_file
+from vc2.artifacts import fingerprint as name_of
 from vc2.config import Config, digest
+from vc2.errors import LaunchFailed
 from vc2.eval.config import Prompt, SampleStage
-from vc2.launch import run_ranks
+from vc2.eval.ranks import Launch, launch_of
 from vc2.progress import Progress, silent
 from vc2.seeding import derive_seed
 from vc2.storage import Store
@@ -32,23 +34,17 @@ __all__ = [
     "STAGE_VERSION",
     "Group",
     "GroupRecord",
-    "Launch",
     "SampleJob",
     "cut_into_groups",
+    "finished_record",
     "generate",
     "prompt_seed",
+    "record_key",
+    "sample_set_name",
     "samples_prefix",
 ]
 
 STAGE_VERSION = 3
-
-
-class Launch(Protocol):
-    """Runs `python -m module config_uri` on `world_size` ranks; `vc2.launch.run_ranks` does it on this machine."""
-
-    def __call__(
-        self, module: str, config_uri: str, *, world_size: int, work: Path, name: str, progress: Progress
-    ) -> None: ...
 
 
 class Group(Config):
@@ -72,10 +68,16 @@ class SampleJob(Config):
     store: str
     fingerprint: str
     checkpoint: str  #: prefix of the checkpoint in the store
-    config: SampleStage
+    config: SampleStage  #: with the prompts in it: a file of them need not be on every machine
     groups: tuple[Group, ...]  #: those to do
     num_groups: int
-    cache: str  #: folder for weights
+    work: str  #: folder for weights; on a machine where VC2_WORK is set, that one
+
+
+def sample_set_name(config: SampleStage, checkpoint: Checkpoint, repeat: int = 0) -> str:
+    """Fingerprint of the videos that `config` asks of a checkpoint."""
+    weights = {"checkpoint": f"{checkpoint.fingerprint}@{checkpoint.step}"}
+    return name_of("sample", STAGE_VERSION, config, weights, repeat)
 
 
 def samples_prefix(fingerprint: str) -> str:
@@ -110,7 +112,7 @@ def generate(
     inputs: Mapping[str, Artifact] | None = None,
     progress: Progress = silent,
     repeat: int = 0,
-    launch: Launch = run_ranks,
+    launch: Launch | None = None,
 ) -> SampleSet:
     """Sample a video for every prompt, on `config.world_size` ranks. Safe to repeat: finished groups are not redone.
 
@@ -122,7 +124,7 @@ def generate(
         inputs: Recorded in the manifest beside the checkpoint.
         progress: Told as groups finish, in videos.
         repeat: As in the fingerprint.
-        launch: Starts the ranks and waits for them.
+        launch: Starts the ranks and waits for them; None: the launcher that `config` asks for.
 
     Raises:
         ConfigError: If there are no prompts, or the file's are not those that `config` was bound to.
@@ -134,29 +136,36 @@ def generate(
     started = time.monotonic()
     prompts = config.all_prompts()
     groups = cut_into_groups(config, prompts, checkpoint)
-    pending = [group for group in groups if finished_record(store, prefix, group) is None]
+    pending = _pending(store, prefix, groups)
+    done_before = len(groups) - len(pending)
+    launch = launch or launch_of(config, store, f"{prefix}/jobs")
     progress("samples", len(prompts) - sum(len(group.prompts) for group in pending), len(prompts))
-    if pending:
+    while pending:
         job = SampleJob(
             store=store.uri,
             fingerprint=fingerprint,
             checkpoint=checkpoint.prefix,
-            config=config,
+            config=config.evolve(prompts=prompts),
             groups=tuple(pending),
             num_groups=len(groups),
-            cache=str(work / "cache" / "weights"),
+            work=str(work.absolute()),
         )
         path = work / "jobs" / f"sample-{fingerprint[:16]}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(job.model_dump_json())
         ranks = min(config.world_size, len(pending))
-        name = f"sample-{fingerprint[:8]}"
+        name = f"sample-{fingerprint[:12]}"
         launch("vc2.eval.generate_rank", str(path), world_size=ranks, work=work, name=name, progress=progress)
+        before, pending = pending, _pending(store, prefix, groups)  # a job that was attached to had others to do
+        if len(pending) == len(before):
+            raise LaunchFailed(
+                f"{store.uri}/{prefix}: the ranks ended well, yet group {pending[0].number} is not there"
+            )
 
     files: list[FileEntry] = []
     for group in groups:
         record = finished_record(store, prefix, group)
-        assert record is not None, f"group {group.number} ended without a record"
+        assert record is not None, f"group {group.number} was there a moment ago"
         files += record.files
     lines = [_line(config, prompt) for prompt in prompts]
     files.append(put_file(store, prefix, "prompts.jsonl", "".join(lines).encode()))
@@ -170,7 +179,7 @@ def generate(
         inputs={"checkpoint": checkpoint, **(inputs or {})},
         files=tuple(files),
         counts={"videos": len(prompts), "groups": len(groups)},
-        facts={"checkpoint_content": checkpoint.content_digest, "resumed_groups": len(groups) - len(pending)},
+        facts={"checkpoint_content": checkpoint.content_digest, "resumed_groups": done_before},
         seconds=round(time.monotonic() - started, 3),
     )
     samples = commit(store, prefix, manifest)
@@ -178,7 +187,12 @@ def generate(
     return samples
 
 
+def _pending(store: Store, prefix: str, groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if finished_record(store, prefix, group) is None]
+
+
 def record_key(prefix: str, number: int) -> str:
+    """Where the record of a group is."""
     return f"{prefix}/groups/{number:05d}.json"
 
 

@@ -1,4 +1,4 @@
-"""A rank of the sampler: `python -m vc2.eval.generate_rank JOB.json` under any launcher that sets RANK and WORLD_SIZE.
+"""A rank of the sampler: `python -m vc2.eval.generate_rank JOB` under any launcher that sets RANK and WORLD_SIZE.
 
 Ranks do not talk to each other: each takes its share of the pending groups, writes their videos and then their records.
 Shapes: B clips of a group, C latent channels, T frames, h x w latent pixels, H x W pixels, L text tokens of width D.
@@ -15,7 +15,7 @@ from vc2.artifacts import Manifest, load_manifest, put_file
 from vc2.data.video_files import encode_mp4
 from vc2.eval.config import Prompt, SampleStage
 from vc2.eval.generate import Group, GroupRecord, SampleJob, prompt_seed, record_key, samples_prefix
-from vc2.eval.ranks import device_of
+from vc2.eval.ranks import device_of, read_job, work_here
 from vc2.launch import report, run_rank, this_rank
 from vc2.model.bundle import Parts, VideoModel
 from vc2.model.generate import generate_videos
@@ -89,14 +89,15 @@ def _settings(config: SampleStage, prompt: Prompt, checkpoint: str) -> str:
     return json.dumps(said)
 
 
-def main(job_path: str) -> None:
+def main(job_uri: str) -> None:
     """Do this rank's share of a job."""
-    job = SampleJob.model_validate_json(Path(job_path).read_text())
+    job = SampleJob.model_validate_json(read_job(job_uri))
     rank = this_rank()
     store = open_store(job.store)
     share = job.groups[rank.rank :: rank.world_size]
     device = device_of(job.config.device, rank.local_rank)
-    generator = load_generator(store, load_manifest(store, job.checkpoint), job.config, Path(job.cache), device)
+    cache = work_here(job.work) / "cache" / "weights"
+    generator = load_generator(store, load_manifest(store, job.checkpoint), job.config, cache, device)
     prefix = samples_prefix(job.fingerprint)
     total = len(job.config.all_prompts())
     for group in share:

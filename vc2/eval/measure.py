@@ -27,11 +27,10 @@ from vc2.config import Config, digest
 from vc2.errors import StoreError
 from vc2.eval.config import EvaluateStage
 from vc2.eval.formulas import Mode, NoValue, pooled_inception_score
-from vc2.eval.generate import Launch
 from vc2.eval.look import Look, Networks, Reading, read
 from vc2.eval.metrics import METRICS, Given, Metric, Video, modes_of
 from vc2.eval.prompts import Prompt, detection_classes, scoring_text
-from vc2.launch import run_ranks
+from vc2.eval.ranks import Launch, launch_of
 from vc2.progress import Progress, silent
 from vc2.storage import Store
 
@@ -177,7 +176,7 @@ def take_lines(
     *,
     repeat: int = 0,
     progress: Progress = silent,
-    launch: Launch = run_ranks,
+    launch: Launch | None = None,
 ) -> list[Line]:
     """All that the metrics asked for say of a sample set's videos, by id, metric and mode. Safe to repeat.
 
@@ -190,7 +189,7 @@ def take_lines(
         samples: The videos.
         repeat: Another number measures all once more.
         progress: Told as videos are done.
-        launch: Starts the ranks and waits for them.
+        launch: Starts the ranks and waits for them; None: the launcher that `config` asks for.
 
     Raises:
         LaunchFailed: If a rank ends with an error.
@@ -206,6 +205,7 @@ def take_lines(
         if f"{name}/{mode}" not in config.not_measured
     ]
     weights = {f"{name}/{mode}": weights_of(name, mode, config) for name, mode in wanted}
+    launch = launch or launch_of(config, store, f"{samples.prefix}/jobs")
     files = videos_of(manifest)
     asked = {
         prompt.id: {
@@ -229,7 +229,8 @@ def take_lines(
             break
         if attempt == ATTEMPTS:
             raise StoreError(f"{store.uri}/{prefix}: lines of {tasks[0].id} do not stay; does another run delete them?")
-        job = MeasureJob(store=store.uri, prefix=prefix, config=config, tasks=tuple(tasks), weights=weights)
+        bound = config.evolve(prompts=config.all_prompts())  # a file of them need not be on every machine
+        job = MeasureJob(store=store.uri, prefix=prefix, config=bound, tasks=tuple(tasks), weights=weights)
         _run(job, work, progress, launch)
     lines = {video: list(found.values()) for video, found in kept.items()} | _failed(config, manifest, wanted)
     order = {which: number for number, which in enumerate(weights)}
@@ -252,11 +253,13 @@ def _kept(store: Store, prefix: str, video: str, asked: Mapping[str, str], *, pa
 
 def _run(job: MeasureJob, work: Path, progress: Progress, launch: Launch) -> None:
     text = job.model_dump_json()
-    name = f"measure-{hashlib.sha256(text.encode()).hexdigest()[:12]}"  # other runs on the same videos have other jobs
-    path = work / "jobs" / f"{name}.json"
+    path = (
+        work / "jobs" / f"measure-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    )  # other runs have other jobs
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     ranks = min(job.config.world_size, len(job.tasks))
+    name = f"measure-{digest([job.prefix, job.weights])[:12]}"  # the same when some of it is done
     launch("vc2.eval.measure_rank", str(path), world_size=ranks, work=work, name=name, progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""A rank of the metrics: `python -m vc2.eval.measure_rank JOB.json` under any launcher that sets RANK and WORLD_SIZE.
+"""A rank of the metrics: `python -m vc2.eval.measure_rank JOB` under any launcher that sets RANK and WORLD_SIZE.
 
 Each rank takes its share of the videos, one at a time: decodes it in the guarded child, reads all that is wanted of it,
 and writes its lines. What was read earlier under another list of metrics stays.
@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Iterable
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from vc2.eval.formulas import Mode
 from vc2.eval.look import Look, Networks, read
 from vc2.eval.measure import Line, MeasureJob, Task, line_of, lines_key, read_lines, rows_key, unreadable
 from vc2.eval.prompts import Prompt
-from vc2.eval.ranks import device_of
+from vc2.eval.ranks import device_of, read_job
 from vc2.launch import report, run_rank, this_rank
 from vc2.storage import Store, open_store
 
@@ -30,9 +29,9 @@ __all__ = ["DECODE_SECONDS", "main"]
 DECODE_SECONDS = 120.0  # for a part of a video
 
 
-def main(job_path: str) -> None:
+def main(job_uri: str) -> None:
     """Do this rank's share of a job."""
-    job = MeasureJob.model_validate_json(Path(job_path).read_text())
+    job = MeasureJob.model_validate_json(read_job(job_uri))
     rank, store = this_rank(), open_store(job.store)
     networks = Networks(job.config, device_of(job.config.device, rank.local_rank))
     prompts = {prompt.id: prompt for prompt in job.config.all_prompts()}

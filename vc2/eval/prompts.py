@@ -59,8 +59,8 @@ class Prompt(Config):
     """A text to make a video of, with what is known about it (a benchmark's attributes, or a small world's truth)."""
 
     id: str  # names the file: <id>.mp4
-    text: str
-    attributes: dict[str, Any] = {}
+    text: str  # what a video is made of
+    attributes: dict[str, Any] = {}  # what the prompt asks for, by kind
 
     @field_validator("id")
     @classmethod

@@ -30,12 +30,11 @@ from vc2.artifacts import FileEntry, Manifest, SampleSet, Scorecard, commit, fin
 from vc2.errors import ShardCorrupted, Vc2Error
 from vc2.eval.config import EvaluateStage, Prompt
 from vc2.eval.formulas import Mode
-from vc2.eval.generate import Launch
 from vc2.eval.measure import UNREADABLE, Line, applies, lines_folder, pooled, take_lines, videos_of
 from vc2.eval.metrics import EVALCRAFTER, METRICS, VBENCH_QUALITY, Video
 from vc2.eval.prompts import NUM_BENCHMARK_PROMPTS, num_of_benchmark, num_without_scoring_text
+from vc2.eval.ranks import Launch
 from vc2.eval.vbench import partial_vbench_scores
-from vc2.launch import run_ranks
 from vc2.progress import Progress, silent
 from vc2.storage import Store
 
@@ -244,7 +243,7 @@ def score(
     others: Mapping[str, Sequence[Video]] | None = None,
     progress: Progress = silent,
     repeat: int = 0,
-    launch: Launch = run_ranks,
+    launch: Launch | None = None,
 ) -> Scorecard:
     """Judge the videos of a sample set and measure the benchmark's metrics: SampleSet -> Scorecard.
 
@@ -258,7 +257,7 @@ def score(
             of which a set may lack some.
         progress: Told after each video.
         repeat: As in the fingerprint.
-        launch: Starts the ranks that measure and waits for them.
+        launch: Starts the ranks that measure and waits for them; None: the launcher that `config` asks for.
     """
     prefix = scores_prefix(fingerprint)
     if done := find(store, prefix, Scorecard):

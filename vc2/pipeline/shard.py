@@ -8,9 +8,9 @@ scratch.
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vc2.artifacts import ShardSet, find, shard_set_prefix
 from vc2.config import Config
@@ -32,11 +32,22 @@ from vc2.data.config import (
 )
 from vc2.data.places import find_files, scheme_of
 from vc2.errors import ConfigError, SourceError
+from vc2.miniature.config import WorldConfig
 from vc2.pipeline.recipes import PipelineConfig, world_folder
 from vc2.progress import Progress, silent
 from vc2.storage import Store
 
-__all__ = ["ShardRequest", "SourceKind", "make_shards", "name_of", "own_source", "ready_source", "unused_repeat"]
+__all__ = [
+    "ShardRequest",
+    "SourceKind",
+    "make_shards",
+    "name_of",
+    "own_source",
+    "prepare_where_asked",
+    "ready",
+    "ready_source",
+    "unused_repeat",
+]
 
 SourceKind = Literal["webvid", "laion-coco", "laion-aesthetics", "journeydb", "webdataset", "folder"]
 
@@ -61,23 +72,32 @@ def unused_repeat(name: str, stage: ShardStage, store: Store) -> int:
     return repeat
 
 
+def ready_source(
+    config: PipelineConfig, stage: ShardStage, work: Path, progress: Progress
+) -> AbstractContextManager[ShardStage]:
+    """A stage of a recipe whose raw data is there; see `ready`."""
+    return ready(config.world, stage, work, progress)
+
+
 @contextmanager
-def ready_source(config: PipelineConfig, stage: ShardStage, work: Path, progress: Progress) -> Iterator[ShardStage]:
-    """A stage whose raw data is there: a small world is made first, and its web served meanwhile."""
-    if config.world is None:
+def ready(
+    world: WorldConfig | None, stage: ShardStage, work: Path, progress: Progress, *, host: str = "127.0.0.1"
+) -> Iterator[ShardStage]:
+    """A stage whose raw data is there: a small world is made first, and its web served meanwhile, at `host`."""
+    if world is None:
         yield stage
         return
     from vc2.miniature.server import serve
     from vc2.miniature.world import IMAGE_HOST, make_world
 
-    root = world_folder(config.world, work)
+    root = world_folder(world, work)
     progress("small world", 0, 1)
-    make_world(config.world, root)
+    make_world(world, root)
     progress("small world", 1, 1)
     if stage.source.kind != "laion-coco":
         yield stage
         return
-    with serve(root) as address:
+    with serve(root, host=host) as address:
         yield stage.evolve(fetch=stage.fetch.evolve(connect_to={IMAGE_HOST: address}))
 
 
@@ -89,6 +109,7 @@ def make_shards(
     request: ShardRequest,
     *,
     source: str = "",
+    world: WorldConfig | None = None,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
 ) -> ShardSet | None:
@@ -101,6 +122,7 @@ def make_shards(
         work: For temporary files.
         request: What is wanted.
         source: Digest that stands for the source; empty: of the raw data.
+        world: The small world that the raw data is of: a Ray Job makes its own.
         progress: Told what is being done.
         note: Told, in a line, which way was chosen.
 
@@ -110,8 +132,6 @@ def make_shards(
     Raises:
         ConfigError: If there is no set to retry or to remove from, or nothing to retry.
     """
-    from vc2.data.prepare import prepare
-
     work.mkdir(parents=True, exist_ok=True)
     now = source_digest(stage.source, work / "digests")
     change = _change(name, stage, store, request, source, now, note)
@@ -119,10 +139,11 @@ def make_shards(
         return change
     digest = source if source and change is None else now
     removals = removal_lists(store, stage.source.name)
-    return prepare(
+    return prepare_where_asked(
         stage,
         store,
         work,
+        world=world,
         fingerprint=shard_fingerprint(name, stage, digest, change=change, removals=removals, repeat=request.repeat),
         change=change,
         removals=removals,
@@ -130,6 +151,19 @@ def make_shards(
         only=range(request.only[0], request.only[1] + 1) if request.only else None,
         progress=progress,
     )
+
+
+def prepare_where_asked(
+    stage: ShardStage, store: Store, work: Path, *, world: WorldConfig | None, **asked: Any
+) -> ShardSet | None:
+    """`vc2.data.prepare.prepare`, in this process or as a Ray Job."""
+    if stage.launcher == "ray":
+        from vc2.pipeline.remote import prepare_as_job
+
+        return prepare_as_job(stage, store, work, world=world, **asked)
+    from vc2.data.prepare import prepare
+
+    return prepare(stage, store, work, **asked)
 
 
 def _change(

@@ -6,6 +6,7 @@ killed and run twice at once.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +24,17 @@ from vc2.artifacts import (
 from vc2.config import digest
 from vc2.data.config import ShardStage, removal_lists, shard_fingerprint
 from vc2.errors import ConfigError
-from vc2.eval.config import EvaluateStage
+from vc2.eval.config import EvaluateStage, SampleStage
 from vc2.pipeline.driver import DAG, PlannedStage, plan
 from vc2.pipeline.recipes import PipelineConfig
-from vc2.pipeline.shard import ShardRequest, make_shards, ready_source
+from vc2.pipeline.shard import ShardRequest, make_shards, prepare_where_asked, ready_source
 from vc2.progress import Progress, silent
 from vc2.storage import Store, join_uri
 
 if TYPE_CHECKING:
     from vc2.eval.metrics import Video
 
-__all__ = ["execute", "page_of", "run_shards", "run_stage"]
+__all__ = ["execute", "page_of", "run_shards", "run_stage", "sampled"]
 
 NODES = {node.name: node for node in DAG}
 
@@ -89,14 +90,14 @@ def execute(
 
 
 def _shard(stage: PlannedStage, config: PipelineConfig, store: Store, work: Path, progress: Progress) -> Artifact:
-    from vc2.data.prepare import prepare
-
     wanted: ShardStage = getattr(config, NODES[stage.name].field)
-    with ready_source(config, wanted, work, progress) as ready:
-        made = prepare(
+    is_here = wanted.launcher == "local"  # a job makes what it needs where it runs
+    with ready_source(config, wanted, work, progress) if is_here else nullcontext(wanted) as ready:
+        made = prepare_where_asked(
             ready,
             store,
             work,
+            world=config.world,
             fingerprint=stage.fingerprint,
             removals=removal_lists(store, wanted.source.name),
             repeat=stage.repeat,
@@ -129,7 +130,8 @@ def run_shards(
     if source and found is not None and not (request.retry or request.remove or request.repeat):
         return found
     with ready_source(config, wanted, work, progress) as ready:
-        return make_shards(name, ready, store, work, request, source=source, progress=progress, note=note)
+        place = {"source": source, "world": config.world}
+        return make_shards(name, ready, store, work, request, **place, progress=progress, note=note)
 
 
 def _train(
@@ -171,12 +173,13 @@ def _evaluate(
     started = time.monotonic()
     wanted = config.evaluation.with_prompts().with_metrics()
     made = {
-        role: _samples(wanted, store, work, artifact, stage.repeat, progress)
+        role: sampled(wanted.sampling(), store, work, artifact, stage.repeat, progress)
         for role, artifact in inputs.items()
         if isinstance(artifact, Checkpoint)
     }
     real = real_clips(store, inputs["videos"], wanted.all_prompts()) if "videos" in inputs else {}
     scorecard = _scores(wanted, config, store, work, made, real, stage.repeat, progress)
+    others = {"base_samples": made["base"]} if "base" in made else {}
     progress("report", 0, 1)
     data = gather(config, store, inputs, made, scorecard, real, progress=progress)
     report = publish(
@@ -185,7 +188,7 @@ def _evaluate(
         fingerprint=stage.fingerprint,
         stage=stage.name,
         stage_version=stage.version,
-        inputs={**inputs, "samples": made["checkpoint"], "scores": scorecard},
+        inputs={**inputs, **others, "samples": made["checkpoint"], "scores": scorecard},
         config=wanted.model_dump(mode="json"),
         repeat=stage.repeat,
         seconds=time.monotonic() - started,
@@ -194,14 +197,13 @@ def _evaluate(
     return report
 
 
-def _samples(
-    wanted: EvaluateStage, store: Store, work: Path, checkpoint: Checkpoint, repeat: int, progress: Progress
+def sampled(
+    sampling: SampleStage, store: Store, work: Path, checkpoint: Checkpoint, repeat: int, progress: Progress
 ) -> SampleSet:
-    from vc2.eval.generate import STAGE_VERSION, generate
+    """The videos that `sampling` asks of a checkpoint; made if they are not there."""
+    from vc2.eval.generate import generate, sample_set_name
 
-    sampling = wanted.sampling()
-    inputs = {"checkpoint": f"{checkpoint.fingerprint}@{checkpoint.step}"}
-    name = fingerprint("sample", STAGE_VERSION, sampling, inputs, repeat)
+    name = sample_set_name(sampling, checkpoint, repeat)
     return generate(sampling, store, work, fingerprint=name, checkpoint=checkpoint, repeat=repeat, progress=progress)
 
 
