@@ -9,13 +9,20 @@ wins and the other adopts the winner's result.
     runs/<stage>/<fingerprint>/checkpoints/<step>/...    Checkpoint
     samples|scores|reports/<fingerprint>/manifest.json   SampleSet, Scorecard, Report
     objects/<sha256>                                     files that several artifacts share
+    catalog/<folder>/<time, descending>-<name>.json      a note of each artifact, the newest first in a listing
+
+The *catalogue* is a hint and never the truth: it lets a reader look at the newest artifacts of a kind without opening
+all manifests. A note may be missing, or tell of an artifact that is gone.
 """
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +35,7 @@ __all__ = [
     "Checkpoint",
     "FileEntry",
     "Manifest",
+    "Note",
     "Report",
     "SampleSet",
     "Scorecard",
@@ -37,12 +45,18 @@ __all__ = [
     "environment",
     "find",
     "fingerprint",
+    "folder_of",
+    "is_there",
     "load_manifest",
+    "newest_notes",
+    "noted_prefix",
     "put_file",
     "put_object",
     "shard_set_prefix",
     "verify",
 ]
+
+log = logging.getLogger(__name__)
 
 FRESH = 12 * 3600  # seconds in which an object counts as just stored; less than the grace period of `vc2 gc`
 
@@ -228,6 +242,7 @@ def commit(store: Store, prefix: str, manifest: Manifest) -> Artifact:
         manifest = manifest.evolve(environment=environment())
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
     if store.write_if_absent(f"{prefix}/manifest.json", text.encode()):
+        _catalogue(store, Note.of(prefix, manifest))
         return manifest.reference(store, prefix)
     return load_manifest(store, prefix).reference(store, prefix)
 
@@ -258,6 +273,93 @@ def find(store: Store, prefix: str, kind: type[A]) -> A | None:
     if not isinstance(found, kind):
         raise StoreError(f"{found.uri} is a {found.kind}; expected a {kind.__name__}")
     return found
+
+
+# ---- the catalogue ----
+
+LONG = 4096  # characters of a fact that a note leaves out
+LISTED = 2000  # keys that are looked at where artifacts have no notes
+READERS = 8  # notes read at a time
+CENTURIES = 10**10  # seconds; what is counted down from
+
+
+class Note(Config):
+    """What the catalogue says of an artifact: its manifest without files, environment and long facts."""
+
+    prefix: str
+    size: int  # bytes of its files, shared ones included
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, prefix: str, manifest: Manifest) -> "Note":
+        facts = {name: value for name, value in manifest.facts.items() if len(json.dumps(value, default=str)) < LONG}
+        size = sum(entry.size for entry in manifest.files)
+        return cls(prefix=prefix, size=size, manifest=manifest.evolve(files=(), environment={}, facts=facts))
+
+    @property
+    def key(self) -> str:
+        """Where it is kept. What was made last sorts first."""
+        made, folder = datetime.fromisoformat(self.manifest.created_at).timestamp(), folder_of(self.prefix)
+        name = self.prefix.removeprefix(f"{folder}/").replace("/", ",")
+        return f"catalog/{folder}/{CENTURIES - int(made):010d}-{name}.json"
+
+
+def newest_notes(store: Store, folder: str, limit: int = 30) -> list[Note]:
+    """Of the artifacts in a folder (`shards/webvid`, `runs/full`, `reports`) the ones made last, the newest first.
+
+    Few keys are listed and few objects read, however many there are. Of a store from before the catalogue a bounded
+    number of manifests stands in.
+    """
+    keys = [entry.key for entry in islice(store.list(f"catalog/{folder}/"), limit)]
+    read = _read_note if keys else _read_manifest
+    if not keys:
+        entries = (entry for entry in islice(store.list(f"{folder}/"), LISTED) if _is_manifest_key(entry.key))
+        keys = [entry.key for entry in sorted(entries, key=lambda entry: -entry.modified)[:limit]]
+    with ThreadPoolExecutor(READERS) as pool:
+        return [note for note in pool.map(lambda key: read(store, key), keys) if note is not None]
+
+
+def noted_prefix(key: str) -> str:
+    """The artifact that a note of the catalogue tells of, by the note's key alone."""
+    folder, _, name = key.removeprefix("catalog/").rpartition("/")
+    return f"{folder}/{name.partition('-')[2].removesuffix('.json').replace(',', '/')}"
+
+
+def is_there(store: Store, prefix: str) -> bool:
+    """Whether an artifact exists."""
+    return store.entry(f"{prefix}/manifest.json") is not None
+
+
+def _catalogue(store: Store, note: Note) -> None:
+    try:
+        store.write(note.key, note.model_dump_json().encode())
+    except StoreError as error:  # the artifact is there: a hint that is not is no reason to fail
+        log.warning("%s is in no catalogue: %s", note.prefix, error)
+
+
+def folder_of(prefix: str) -> str:
+    """Where in the catalogue an artifact is noted: beside those of the same source or training stage."""
+    parts = prefix.split("/")
+    return "/".join(parts[: 2 if parts[0] in ("shards", "runs") else 1])
+
+
+def _is_manifest_key(key: str) -> bool:
+    return key.endswith("/manifest.json") and "/states/" not in key
+
+
+def _read_note(store: Store, key: str) -> Note | None:
+    try:
+        return Note.model_validate_json(store.read(key))
+    except (KeyError, ValueError):
+        return None
+
+
+def _read_manifest(store: Store, key: str) -> Note | None:
+    prefix = key.removesuffix("/manifest.json")
+    try:
+        return Note.of(prefix, load_manifest(store, prefix))
+    except StoreError:
+        return None
 
 
 def verify(store: Store, prefix: str) -> Iterable[str]:

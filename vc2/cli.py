@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vc2.errors import ConfigError, Preempted, StoreError, Vc2Error
+from vc2.errors import ConfigError, Preempted, SourceError, StoreError, Vc2Error
 
 if TYPE_CHECKING:
     from vc2.artifacts import Artifact, Manifest
     from vc2.data.config import ShardStage
     from vc2.eval.config import EvaluateStage
     from vc2.pipeline.driver import PlannedStage
+    from vc2.pipeline.preflight import Finding
     from vc2.pipeline.recipes import PipelineConfig
     from vc2.pipeline.sample import LoadedModel
     from vc2.progress import Progress
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["described", "in_a_line", "main"]
 
+ARTIFACTS = ("shards", "runs", "samples", "scores", "reports")  # the folders of a store that hold them
+NEWEST = 5  # artifacts of each kind that are told of a store
 SOURCE_KINDS = ("webvid", "laion-coco", "laion-aesthetics", "journeydb", "webdataset", "folder")
 CONVERT_FORMS = ("vc2", "released", "sd-ldm", "sd-diffusers", "diffusers", "diffusers-full", "checkpoint")
 
@@ -107,12 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stop-after", metavar="STAGE", help="end after this stage")
     run.add_argument("--shards", action="append", default=[], metavar="URI", help="take this shard set for its stage")
     run.add_argument("--checkpoint", default="", metavar="URI", help="take this checkpoint for the stage that made it")
+    run.add_argument("--no-preflight", action="store_true", help="do not look first at what the stages need")
     _common(run, repeatable=True)
 
-    plan = command("plan", _plan, "What `vc2 run` would do: every stage, its fingerprint, done or to do. Runs nothing.")
+    plan = command(
+        "plan", _plan, "What `vc2 run` would do, why, how long it would take and what it would cost. Runs nothing."
+    )
     plan.add_argument("recipe", nargs="?", default="miniature")
     _row_choice(plan)
     _stage_choice(plan)
+    plan.add_argument("--stop-after", metavar="STAGE", help="end after this stage")
+    plan.add_argument("--shards", action="append", default=[], metavar="URI", help="take this shard set for its stage")
+    plan.add_argument("--checkpoint", default="", metavar="URI", help="take this checkpoint for the stage that made it")
+    plan.add_argument(
+        "--against", default="", metavar="URI",
+        help="say what differs from the stages that this artifact was made by (default: from the nearest finished)",
+    )  # fmt: skip
+    _price_options(plan.add_argument_group("on which hardware, where it was not measured"))
     _common(plan, repeatable=True)
 
     shard = command("shard", _shard, "Make one source into shards, or a set made earlier into its next generation.")
@@ -195,11 +209,18 @@ def _parser() -> argparse.ArgumentParser:
         "Explain an artifact, or a video of `vc2 sample`: what it is, what it was made from, what is in it.",
     )
     show.add_argument(
-        "uri", help="URI of an artifact, URI#key of a sample or row in a shard set, or an mp4, GIF or WebP file"
+        "uri",
+        help="URI of an artifact, of a store, URI#key of a sample or row in a shard set, or an mp4, GIF or WebP file",
     )
     show.add_argument("--shards", action="store_true", help="of a shard set: a line a shard")
     show.add_argument(
         "--sheet", type=Path, metavar="FILE", help="of a shard set: an HTML page with samples and figures"
+    )
+    show.add_argument(
+        "--lineage",
+        type=Path,
+        metavar="FILE",
+        help="write an HTML page of all that it was made of; with --json as JSON",
     )
     show.add_argument("--json", action="store_true")
 
@@ -255,12 +276,16 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
     checkpoint.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    gc = command("gc", _gc, "Delete what nobody needs: old train states, files that no manifest names, leftovers.")
+    gc = command(
+        "gc", _gc, "Say what nobody needs (old train states, files that no manifest names, leftovers), then delete it."
+    )
     gc.add_argument(
         "--store", default=None, help="local folder or s3://bucket/prefix (default: VC2_STORE or work/store)"
     )
     gc.add_argument("--work", type=Path, default=None, help="scratch folder (default: VC2_WORK or ./work)")
-    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
+    how = gc.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would go, file by file")
+    how.add_argument("--yes", action="store_true", help="delete without asking (where nobody can be asked: delete)")
     gc.add_argument("--keep", type=_positive, default=2, metavar="N", help="states of each run, at least (default: 2)")
     gc.add_argument(
         "--grace", type=float, default=24.0, metavar="HOURS",
@@ -270,10 +295,17 @@ def _parser() -> argparse.ArgumentParser:
     gc.add_argument("--unpin", action="append", default=[], metavar="URI", help="take the pin away")
     gc.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    doctor = command("doctor", _doctor, "What this machine has and lacks: packages, weights, store.")
-    doctor.add_argument("--store", default=None)
+    doctor = command(
+        "doctor", _doctor, "What this machine has and lacks: packages, weights, store; or what a run of a recipe needs."
+    )
+    doctor.add_argument("recipe", nargs="?", help="look at all that its stages need, and start its ranks for a moment")
+    _row_choice(doctor)
+    _stage_choice(doctor)
+    doctor.add_argument("--stop-after", metavar="STAGE", help="leave out what later stages need")
+    doctor.add_argument("--shards", action="append", default=[], metavar="URI", help="as of vc2 run")
+    doctor.add_argument("--checkpoint", default="", metavar="URI", help="as of vc2 run")
+    _common(doctor)
     doctor.add_argument("--digests", action="store_true", help="read all weights at hand and compare their sha256")
-    doctor.add_argument("--json", action="store_true")
     return parser
 
 
@@ -503,10 +535,24 @@ def _training_estimate_options(parser: argparse.ArgumentParser) -> None:
     dry.add_argument(
         "--dry-run", action="store_true", help="count parameters, memory, operations, hours; train nothing"
     )
-    dry.add_argument("--hardware", metavar="NAME", help="such as a100-80 (the default), h100-80, rtx4090-24")
-    dry.add_argument("--price", type=float, metavar="USD", help="of a GPU and hour (default: an assumption)")
-    dry.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is used (default: 0.28)")
+    _price_options(dry)
     dry.add_argument("--encoded", action="store_true", help="samples come encoded: no encoding on the fly")
+
+
+def _price_options(group: Any) -> None:
+    group.add_argument("--hardware", metavar="NAME", help="such as a100-80 (the default), h100-80, rtx4090-24")
+    group.add_argument("--price", type=_price, metavar="USD", help="of a GPU and hour (default: an assumption)")
+    group.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is used (default: 0.28)")
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no price; expected a number from 0 up")
+    return value
 
 
 def _share(text: str) -> float:
@@ -526,8 +572,10 @@ def _stage_choice(parser: argparse.ArgumentParser) -> None:
 # ---- the DAG ----
 
 
-def _recipe(options: argparse.Namespace, prefix: str = "", *, prompts: bool = True) -> "tuple[PipelineConfig, Path]":
-    """The recipe and the scratch folder. Without `prompts` those of its evaluation need not be there."""
+def _recipe(
+    options: argparse.Namespace, prefix: str = "", *, prompts: bool = True, bind: bool = True
+) -> "tuple[PipelineConfig, Path]":
+    """The recipe and the scratch folder. Without `prompts` it has none; without `bind` they need not be there."""
     from vc2.config import parse_settings
     from vc2.pipeline import recipes
 
@@ -535,17 +583,22 @@ def _recipe(options: argparse.Namespace, prefix: str = "", *, prompts: bool = Tr
     spared = [] if prompts else ["evaluation.prompts_file="]
     lines = [f"{prefix}{line.removeprefix(prefix)}" for line in options.set]  # `full.x` and `x` for `vc2 train full`
     settings = parse_settings([*lines, *spared])
-    return recipes.resolve(options.recipe, settings, work=work, table3=getattr(options, "row", "")), work
+    return recipes.resolve(options.recipe, settings, work=work, table3=getattr(options, "row", ""), bind=bind), work
 
 
 def _store(options: argparse.Namespace, work: Path) -> "Store":
-    from vc2.pipeline import recipes
     from vc2.storage import open_store
 
-    default = str(work / "store") if options.work and not os.environ.get("VC2_STORE") else recipes.default_store()
-    store = open_store(options.store or default)
+    store = open_store(_store_uri(options, work))
     store.check()
     return store
+
+
+def _store_uri(options: argparse.Namespace, work: Path) -> str:
+    from vc2.pipeline import recipes
+
+    default = str(work / "store") if options.work and not os.environ.get("VC2_STORE") else recipes.default_store()
+    return options.store or default
 
 
 def _opened(options: argparse.Namespace, prefix: str = "") -> "tuple[PipelineConfig, Store, Path]":
@@ -577,20 +630,27 @@ def _end_of_row(options: argparse.Namespace, stage: str | None) -> str | None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vc2.pipeline import driver, stages
+    from vc2.pipeline import driver, preview, stages
+    from vc2.ray_session import keeping_ray
 
     options.stop_after = _end_of_row(options, options.stop_after)
-    config, store, work = _opened(options)
-    repeat = _repeat(options, config, store, options.start_at, options.stop_after)
-    given = driver.given_artifacts(store, options.shards, options.checkpoint)
-    planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given)
-    _say_plan(planned, options.stop_after)
+    try:
+        config, store, work = _opened(options)
+        repeat = _repeat(options, config, store, options.start_at, options.stop_after)
+        given = driver.given_artifacts(store, options.shards, options.checkpoint)
+        planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given)
+    except (ConfigError, SourceError):
+        _check_before_run(options)  # tells all that is missing, not the first thing alone
+        raise
+    asked = driver.asked_of(planned, options.start_at, options.stop_after)
+    print("\n".join(preview.short_lines(preview.previewed(asked, config, store))), file=sys.stderr)
+    _check_before_run(options, asked)
     span = {"start_at": options.start_at, "stop_after": options.stop_after}
-    if not options.start_at and not options.stop_after:
-        driver.check_measurable(config, planned)  # before anything is started for the stages
-    with _progress(options) as progress, driver.session(planned, **span):
+    with _progress(options) as progress, keeping_ray() as ray:
 
         def run_stage(planned: "PlannedStage", inputs: "Mapping[str, Artifact]") -> "Artifact":
+            if not planned.name.startswith("shard/"):
+                ray.close()  # nothing else needs it
             return stages.execute(planned, config, store, work, inputs=inputs, progress=progress)
 
         made = driver.drive(config, store, run_stage, repeat=repeat, given=given, **span)
@@ -598,24 +658,31 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from vc2.pipeline import driver
+    from vc2.pipeline import driver, preview
+    from vc2.train.estimate import DEFAULT_HARDWARE
 
-    config, store, _ = _opened(options)
-    repeat = _repeat(options, config, store, options.start_at, None)
-    planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at)
-    if last := _end_of_row(options, None):
-        planned = planned[: driver.STAGES.index(last) + 1]
+    options.stop_after = _end_of_row(options, options.stop_after)
+    try:
+        config, work = _recipe(options)
+    except ConfigError:
+        config, work = _recipe(options, bind=False)  # prompts may be wanting, and then that is what the plan says
+    store = _store(options, work)
+    given = driver.given_artifacts(store, options.shards, options.checkpoint)
+    repeat = _repeat(options, config, store, options.start_at, options.stop_after)
+    planned = driver.plan(config, store, repeat=repeat, start_at=options.start_at, given=given, tolerant=True)
+    planned = driver.asked_of(planned, options.start_at, options.stop_after)
+    terms = {"hardware": options.hardware or DEFAULT_HARDWARE, "price": options.price, "mfu": options.mfu}
+    rows = preview.previewed(planned, config, store, against=options.against, **terms)
+    total = preview.total(rows, **terms)
     if options.json:
         stages = [
-            {"stage": stage.name, "fingerprint": stage.fingerprint, "state": stage.state, "why": stage.why,
-             "uri": f"{store.uri}/{stage.prefix}", "inputs": dict(stage.inputs)}
-            for stage in planned
-        ]  # fmt: skip
-        print(json.dumps({"store": store.uri, "stages": stages, "config": config.model_dump(mode="json")}, indent=1))
+            row.model_dump(mode="json") | {"uri": f"{store.uri}/{stage.prefix}", "inputs": dict(stage.inputs)}
+            for row, stage in zip(rows, planned, strict=True)
+        ]
+        whole = {"store": store.uri, "stages": stages, "total": total.model_dump(mode="json")}
+        print(json.dumps(whole | {"config": config.model_dump(mode="json")}, indent=1))
         return
-    print(f"{'stage':22} {'state':8} {'fingerprint':14} why")
-    for stage in planned:
-        print(f"{stage.name:22} {stage.state:8} {stage.fingerprint[:12]:14} {stage.why}")
+    print("\n".join(preview.lines_of(rows, total)))
 
 
 def _one_stage(options: argparse.Namespace, name: str, config: "PipelineConfig", store: "Store", work: Path) -> None:
@@ -1102,7 +1169,7 @@ def _artifact(uri: str) -> "tuple[Store, Artifact]":
     from vc2.storage import open_store
 
     place = uri.removesuffix("/").removesuffix("/manifest.json")
-    for kind in ("shards", "runs", "samples", "scores", "reports"):
+    for kind in ARTIFACTS:
         root, found, rest = place.rpartition(f"/{kind}/")
         if found:
             store = open_store(root)
@@ -1121,10 +1188,17 @@ def _show(options: argparse.Namespace) -> None:
         _show_video(Path(options.uri), as_json=options.json)
         return
     uri, _, key = options.uri.partition("#")
+    in_place = any((Path(uri) / kind).is_dir() for kind in ARTIFACTS)
+    if in_place or ("://" in uri and not any(f"/{kind}/" in uri for kind in ARTIFACTS)):
+        _show_store(uri, as_json=options.json)
+        return
     store, artifact = _artifact(uri)
     manifest = load_manifest(store, artifact.prefix)
     if key:
         print(json.dumps(audit.explain(store, manifest, key), indent=1, default=str))
+        return
+    if options.lineage:
+        _write_lineage(options.lineage, store, artifact, as_json=options.json)
         return
     if options.shards or options.sheet:
         _show_shards(options, store, manifest)
@@ -1133,6 +1207,43 @@ def _show(options: argparse.Namespace) -> None:
         print(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True))
         return
     print("\n".join(described(manifest)))
+
+
+def _show_store(uri: str, *, as_json: bool) -> None:
+    """The newest artifacts of each kind, as the catalogue has them."""
+    from vc2.artifacts import newest_notes
+    from vc2.pipeline.lineage import brief
+    from vc2.storage import join_uri, open_store
+
+    store = open_store(uri)
+    noted = (entry.key.removeprefix("catalog/").rpartition("/")[0] for entry in store.list("catalog/"))
+    folders = list(dict.fromkeys(noted))
+    folders += [kind for kind in ARTIFACTS if not any(name.split("/")[0] == kind for name in folders)]
+    found = {folder: notes for folder in folders if (notes := newest_notes(store, folder, NEWEST))}
+    if not found:
+        raise StoreError(f"{uri}: no artifacts; expected the URI of a store with some, or of an artifact in it")
+    if as_json:
+        told = {folder: [note.model_dump(mode="json") for note in notes] for folder, notes in found.items()}
+        print(json.dumps({"store": store.uri, "newest": told}, indent=1))
+        return
+    for folder, notes in found.items():
+        print(f"{folder}, the newest:")
+        for note in {note.prefix: note for note in notes}.values():
+            made, what = note.manifest.created_at[:16].replace("T", " "), brief(note.manifest)
+            what = f"{note.manifest.stage}, {what}" if note.manifest.kind == "report" else what
+            print(f"  {made}  {what:32}  {join_uri(store.uri, note.prefix)}")
+
+
+def _write_lineage(path: Path, store: "Store", artifact: "Artifact", *, as_json: bool) -> None:
+    from vc2.pipeline import lineage
+
+    found = lineage.graph(store, artifact)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{found.model_dump_json(indent=1)}\n" if as_json else lineage.page(found), encoding="utf-8")
+    print(path.absolute())
+    for node in found.nodes:
+        for trouble in node.troubles:
+            print(f"vc2: {node.name}: {trouble}", file=sys.stderr)
 
 
 def _show_shards(options: argparse.Namespace, store: "Store", manifest: "Manifest") -> None:
@@ -1224,19 +1335,35 @@ def _gc(options: argparse.Namespace) -> None:
             print(f"{'pinned' if keep else 'unpinned'}  step {ref.step} of attempt {ref.attempt}")
         return
     store = _store(options, (options.work or DEFAULT_WORK).absolute())
-    found = gc.collect_garbage(store, keep=options.keep, grace_hours=options.grace, dry_run=options.dry_run)
+    found = gc.find_garbage(store, keep=options.keep, grace_hours=options.grace)
+    if not options.json:
+        for name in gc.CLASSES:
+            print(f"{name:11} {len(found.classes[name]):>8} {size_text(found.sizes[name]):>10}")
+            for key in found.classes[name] if options.dry_run else ():
+                print(f"            {key}")
+        for run in found.alive:
+            print(f"left alone  {run}: somebody works on it")
+    delete = options.yes or (not options.dry_run and not found.is_empty and not options.json and _agreed("delete it?"))
+    if delete:
+        found = gc.collect_garbage(store, keep=options.keep, grace_hours=options.grace, shown=found)
     if options.json:
-        print(json.dumps(found.model_dump(mode="json") | {"deleted": not options.dry_run}, indent=1))
-        return
-    for name in gc.CLASSES:
-        print(f"{name:11} {len(found.classes[name]):>8} {size_text(found.sizes[name]):>10}")
-        if options.dry_run:
-            print(
-                "\n".join(f"            {key}" for key in found.classes[name]), end="\n" if found.classes[name] else ""
-            )
-    for run in found.alive:
-        print(f"left alone  {run}: somebody works on it")
-    print("nothing was deleted" if options.dry_run else "deleted")
+        print(json.dumps(found.model_dump(mode="json") | {"deleted": delete}, indent=1))
+    elif found.is_empty:
+        print("nothing to delete")
+    elif delete:
+        print("deleted")
+    else:
+        print("nothing was deleted" + ("" if options.dry_run else "; --yes deletes it, --dry-run lists it"))
+
+
+def _agreed(question: str) -> bool:
+    """Whether somebody at a terminal says yes; without one nobody does."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 # ---- weights ----
@@ -1288,6 +1415,74 @@ def _mirror(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.recipe is not None:
+        return _doctor_of_recipe(options)
+    return _doctor_of_machine(options)
+
+
+def _doctor_of_recipe(options: argparse.Namespace) -> int:
+    findings = []
+    for finding in _findings(options):
+        findings.append(finding)
+        if not options.json:
+            print("\n".join(finding.lines()), flush=True)
+    well = all(finding.is_well for finding in findings)
+    if options.json:
+        told = [finding.model_dump(mode="json") for finding in findings]
+        print(json.dumps({"recipe": options.recipe, "findings": told, "well": well}, indent=1))
+    elif not findings:
+        print("all stages are done; nothing has to run")
+    else:
+        wrong = sum(not finding.is_well for finding in findings)
+        print(f"{wrong} of {len(findings)} are missing; `vc2 run` would refuse" if wrong else "all is well")
+    return int(not well)
+
+
+def _findings(options: argparse.Namespace, stages: Sequence[str] = ()) -> "Iterator[Finding]":
+    """What a run with these options needs (what some of its stages need), one finding after the other; none if nothing
+    has to run."""
+    from vc2.config import parse_settings
+    from vc2.pipeline import preflight, recipes
+
+    options.stop_after = _end_of_row(options, options.stop_after)
+    work = (options.work or recipes.DEFAULT_WORK).absolute()
+    with _progress(options) as progress:
+        yield from preflight.preflight_of_recipe(
+            options.recipe,
+            parse_settings(options.set),
+            _store_uri(options, work),
+            work,
+            table3=options.row,
+            stages=stages,
+            start_at=options.start_at,
+            stop_after=options.stop_after,
+            repeat=getattr(options, "repeat", 0),
+            shards=options.shards,
+            checkpoint=options.checkpoint,
+            progress=progress,
+        )
+
+
+def _check_before_run(options: argparse.Namespace, planned: "Sequence[PlannedStage] | None" = None) -> None:
+    """The preflight of `vc2 run`; only what is not well is told.
+
+    Raises:
+        ConfigError: If anything is not.
+    """
+    from vc2.pipeline import preflight
+
+    todo = [stage.name for stage in planned or () if stage.artifact is None]
+    if options.no_preflight or (planned is not None and not todo):
+        return
+    findings = []
+    for finding in _findings(options, todo):
+        findings.append(finding)
+        if not finding.is_well:
+            print("\n".join(finding.lines()), file=sys.stderr, flush=True)
+    preflight.require(findings)
+
+
+def _doctor_of_machine(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from vc2.pipeline.recipes import default_store
@@ -1386,13 +1581,6 @@ def _machine() -> dict[str, str]:
 
 
 # ---- telling the user ----
-
-
-def _say_plan(planned: "list[PlannedStage]", stop_after: str | None) -> None:
-    for stage in planned:
-        print(f"  {stage.name:22} {stage.state:8} {stage.why}", file=sys.stderr)
-        if stage.name == stop_after:
-            return
 
 
 def _say_artifact(options: argparse.Namespace, store: "Store", artifact: "Artifact") -> None:

@@ -3,8 +3,11 @@
 The command line and the flows print a `Vc2Error` as one line, the command line an `OSError` too; anything else is a
 defect and keeps its traceback. Each says what kind of failure it is, by which whoever started the work decides whether
 to try again (`vc2.failures`).
+
+Messages quote what was asked for, and end up in logs and databases: credentials in a URL are left out of them.
 """
 
+import re
 from typing import Literal
 
 __all__ = [
@@ -20,16 +23,32 @@ __all__ = [
     "Vc2Error",
     "WeightsError",
     "YieldTooLow",
+    "without_secrets",
 ]
 
 
 FailureKind = Literal["memory", "communication", "data", "store", "preemption", "killed", "code"]
 
 
+SECRETS = re.compile(
+    r"(?<=://)[^/?#\s]*(?=@)"  # user:password@
+    r"|(?<=[?&])(?P<name>[\w-]*(?:signature|credential|token|secret|password|sig|key))=[^&\s'\"]*",  # of a signed URL
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the credentials of the URLs in it replaced by stars."""
+    return SECRETS.sub(lambda found: f"{found['name']}=***" if found["name"] else "***", text)
+
+
 class Vc2Error(Exception):
     """Base of all errors whose message is meant for the user."""
 
     kind: FailureKind = "code"
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class ConfigError(Vc2Error):

@@ -78,6 +78,14 @@ class Full:
         video = put_file(store, "samples/1", "a.mp4", b"a video")
         self._commit("sample_set", self.artifacts[2], (video,))
 
+        self.gone = "f" * 64  # an artifact that was deleted: its note, its mark and its page are left
+        self._commit("shard_set", f"shards/webvid/{self.gone}", ())
+        store.delete(f"shards/webvid/{self.gone}/manifest.json")
+        store.write(f"sets/webvid/{self.gone}", b"")
+        store.write(f"pages/sheets/{self.gone}.html", b"a page")
+        store.write("pages/sheets/without-a-name.html", b"another")
+        store.write("probe/0123", b"1")
+
         self.half = {"prefix": "shards/jdb/2", "shard": 0, "plan_sha256": "f" * 64}  # a set that is being made
         _write_lines(store, self.half, [], named["half"])
         store.write("shards/jdb/2/planned.json", b"{}")
@@ -149,6 +157,10 @@ def check_law(full: Full, grace_hours: float) -> None:
     assert kept_steps(full.dead) == {(2, 11), (2, 9), (1, 5), (1, 6)}
     assert said.classes["objects"] == (full.orphan,)
     assert len(said.classes["parts"]) == 4 and said.classes["heartbeats"] == ("runs/full/1/attempts/0001.heartbeat",)
+    [note, mark] = said.classes["catalogue"]
+    assert full.gone in note and mark == f"sets/webvid/{full.gone}"
+    assert said.classes["pages"] == (f"pages/sheets/{full.gone}.html",) and said.classes["probes"] == ("probe/0123",)
+    assert len(list(full.store.list("catalog/"))) == len(full.artifacts)
     assert len(said.classes["states"]) == 9 and said.sizes["objects"] == len("content of orphan")
 
 
@@ -212,7 +224,7 @@ def test_a_pinned_state_stays(full: Full, capsys: pytest.CaptureFixture[str]) ->
     """By its own URI or that of a checkpoint of its step, until it is unpinned."""
     full.age(48)
     runs = f"{full.store.uri}/runs/full/1"
-    collect: Callable[[], int] = lambda: main(["gc", "--store", full.store.uri, "--keep", "1"])  # noqa: E731
+    collect: Callable[[], int] = lambda: main(["gc", "--yes", "--store", full.store.uri, "--keep", "1"])  # noqa: E731
     assert main(["gc", "--pin", f"{runs}/states/0001/00000004", "--pin", f"{runs}/checkpoints/00000009"]) == 0
     assert collect() == 0
     assert kept_steps(full.dead) == {(1, 4), (1, 5), (1, 6), (2, 9), (2, 11)}
@@ -226,3 +238,38 @@ def test_a_pinned_state_stays(full: Full, capsys: pytest.CaptureFixture[str]) ->
         run_at(f"{full.store.uri}/shards/webvid/1")
     with pytest.raises(StoreError, match="there is no run"):
         run_at(f"{full.store.uri}/runs/full/9")
+
+
+def test_nothing_goes_that_was_not_shown_and_agreed_to(
+    full: Full, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vc2 gc` says what would go; it goes with --yes, or when somebody at a terminal says so."""
+    full.age(48)
+    before = full.keys()
+    for how in ([], ["--dry-run"], ["--json"]):
+        assert main(["gc", "--store", full.store.uri, *how]) == 0
+        assert full.keys() == before
+    out = capsys.readouterr().out
+    assert "--yes deletes it" in out and full.orphan in out and '"deleted": false' in out
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: "no")
+    assert main(["gc", "--store", full.store.uri]) == 0 and full.keys() == before
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert main(["gc", "--store", full.store.uri]) == 0
+    assert full.store.entry(full.orphan) is None
+    full.check()
+    assert main(["gc", "--store", full.store.uri, "--yes"]) == 0
+    assert "nothing to delete" in capsys.readouterr().out
+
+
+def test_of_what_was_shown_only_that_goes_which_still_may(full: Full, tmp_path: Path) -> None:
+    """Somebody may take long to agree: what was put anew since stays, and what became garbage since was not shown."""
+    full.age(48)
+    shown = find_garbage(full.store)
+    later = put_bytes(full.store, tmp_path, "later").key
+    full.age(48)
+    put_bytes(full.store, tmp_path, "orphan")
+    gone = collect_garbage(full.store, shown=shown)
+    assert gone.classes["objects"] == () and {full.orphan, later} <= full.keys()
+    full.check()

@@ -76,7 +76,8 @@ def test_another_source_of_images(tmp_path: Path) -> None:
 def test_a_base_ends_after_stage_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--work", str(tmp_path), "--store", str(tmp_path / "store")]
     assert main(["plan", "--row", "P-base", *places]) == 0
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("train/full")
+    table, _, _ = capsys.readouterr().out.partition("\n\n")
+    assert table.splitlines()[-1].startswith("train/full")
     assert main(["run", "--row", "P-base", "--stop-after", "train/spatial", *places]) == 1
     assert "row P-base ends with train/full" in capsys.readouterr().err
 

@@ -9,11 +9,10 @@ Every fingerprint can be computed before anything runs, so the driver knows what
 else. How a stage is run is handed in as a callable: in this process (`vc2 run`) or as a deployment (the flows).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from vc2.artifacts import (
     Artifact,
@@ -29,26 +28,34 @@ from vc2.artifacts import (
 )
 from vc2.config import digest
 from vc2.data.config import STAGE_VERSION as SHARD_VERSION
-from vc2.data.config import removal_lists, shard_fingerprint, source_digest
-from vc2.errors import ConfigError, StoreError
+from vc2.data.config import ShardStage, ledger_prefix, removal_lists, shard_fingerprint, source_digest
+from vc2.errors import ConfigError, SourceError, StoreError, Vc2Error
+from vc2.eval.generate import STAGE_VERSION as SAMPLE_VERSION
+from vc2.eval.generate import samples_prefix
 from vc2.pipeline.recipes import DEFAULT_WORK, PipelineConfig
+from vc2.progress import counted
 from vc2.storage import Store
+from vc2.train.attempts import Run
 from vc2.train.config import STAGE_VERSION as TRAIN_VERSION
 
 __all__ = [
     "DAG",
     "FIELDS",
+    "GIVEN",
     "IMPORTED",
     "STAGES",
     "Node",
     "PlannedStage",
     "RunStage",
+    "artifact_at",
+    "asked_of",
     "check_measurable",
     "drive",
     "given_artifacts",
     "next_repeat",
     "plan",
-    "session",
+    "raw_digest",
+    "reached",
 ]
 
 
@@ -56,6 +63,7 @@ StageName = Literal[
     "shard/webvid", "shard/laion-coco", "shard/jdb", "train/full", "train/spatial", "evaluate/evalcrafter"
 ]
 REPORT_VERSION = 2
+Track = tuple[str, str]  # a thing, and what was done with it: shard, built
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ DAG = (
         {"checkpoint": "train/spatial", "base": "train/full", "videos": "shard/webvid"},
     ),
 )
+GIVEN = "given by URI"  # why such a stage is done
 IMPORTED = "imported"  # the stage name of checkpoints that were made elsewhere
 STAGES: tuple[str, ...] = tuple(node.name for node in DAG)
 FIELDS = {node.name: node.field for node in DAG}
@@ -94,13 +103,14 @@ class PlannedStage:
 
     name: str
     version: int
-    fingerprint: str
+    fingerprint: str  # empty where what goes into it is not there (`tolerant`)
     prefix: str  # of its artifact in the store
     repeat: int
     inputs: Mapping[str, str]  # role -> name of the stage that makes it
     state: Literal["done", "partial", "to do"]
     artifact: Artifact | None
     why: str
+    tracks: Mapping[str, Track] = field(default_factory=dict)  # prefix of keys that tell how far it has come
 
 
 class RunStage(Protocol):
@@ -116,6 +126,7 @@ def plan(
     repeat: int = 0,
     start_at: str | None = None,
     given: Mapping[str, Artifact] | None = None,
+    tolerant: bool = False,
 ) -> list[PlannedStage]:
     """Every stage with its fingerprint and whether it is done.
 
@@ -124,23 +135,43 @@ def plan(
             inputs change, those after it).
         start_at: The stage that `repeat` is for.
         given: Artifacts to take in place of a stage's own, by stage name.
+        tolerant: Raw data or prompts need not be there: stages that they go into have no fingerprint then.
+
+    Raises:
+        SourceError: If raw data is not there.
     """
     given = given or {}
     names: dict[str, str] = {}  # what stands for a stage in the fingerprints of those that use it
-    planned = []
+    planned: list[PlannedStage] = []
     for node in DAG:
         times = repeat if start_at in (None, node.name) else 0
         if artifact := given.get(node.name):
             names[node.name] = _input_name(artifact)
             planned.append(_taken(node, artifact))
             continue
-        name = _fingerprint(node, config, store, {role: names[stage] for role, stage in node.inputs.items()}, times)
+        if tolerant and (lacking := _lacking(node, config, names)):
+            planned.append(PlannedStage(node.name, node.version, "", "", times, node.inputs, "to do", None, lacking))
+            continue
+        inputs = {role: names[stage] for role, stage in node.inputs.items()}
+        name = _fingerprint(node, config, store, inputs, times)
         prefix = _prefix(node, config, name)
         names[node.name] = f"{name}@{_steps(node, config)}" if node.kind is Checkpoint else name
         artifact = find(store, prefix, node.kind)
-        state, why = ("done", "found in the store") if artifact else _progress_of(node, config, store, name)
-        planned.append(PlannedStage(node.name, node.version, name, prefix, times, node.inputs, state, artifact, why))
+        stage = PlannedStage(
+            node.name, node.version, name, prefix, times, node.inputs, "done", artifact, "found in the store",
+            {} if artifact else _tracks(node, config, name, inputs, times),
+        )  # fmt: skip
+        planned.append(stage if artifact else _begun(stage, node, config, store))
     return planned
+
+
+def reached(stage: PlannedStage, store: Store) -> int:
+    """How far a stage that is not done has come, in a unit that grows as it goes on: of training the step of the newest
+    whole state; of shards the parts that were fetched and the shards that were built; of an evaluation the groups of
+    videos and the videos that were measured. 0: nothing is there yet."""
+    if stage.name in TRAINED:
+        return _step_reached(stage, store)
+    return sum(_counts_of_tracks(stage, store).values())
 
 
 def drive(
@@ -159,13 +190,7 @@ def drive(
         ConfigError: If a stage before `start_at` is not done, or a stage is not in the DAG.
         StoreError: If a stage says that it finished and its manifest is not in the store.
     """
-    for name in (start_at, stop_after):
-        if name and name not in STAGES:
-            raise ConfigError(f"no stage {name!r}; the stages are {', '.join(STAGES)}")
-    first = STAGES.index(start_at) if start_at else 0
-    last = STAGES.index(stop_after) if stop_after else len(STAGES) - 1
-    if first > last:
-        raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
+    first, last = _span(start_at, stop_after)
     stages = plan(config, store, repeat=repeat, start_at=start_at, given=given)[: last + 1]
     check_measurable(config, stages[first:])
     made: dict[str, Artifact] = {}
@@ -185,6 +210,31 @@ def drive(
     return made[STAGES[last]]
 
 
+def asked_of(
+    stages: Sequence[PlannedStage], start_at: str | None = None, stop_after: str | None = None
+) -> list[PlannedStage]:
+    """The stages that are asked for, and of those before them what they need.
+
+    Raises:
+        ConfigError: If a stage is not in the DAG, or nothing would run.
+    """
+    first, last = _span(start_at, stop_after)
+    needed = {source for node in DAG[first : last + 1] for source in node.inputs.values()}
+    return [stage for number, stage in enumerate(stages[: last + 1]) if number >= first or stage.name in needed]
+
+
+def _span(start_at: str | None, stop_after: str | None) -> tuple[int, int]:
+    """Numbers of the first and the last stage that are asked for."""
+    for name in (start_at, stop_after):
+        if name and name not in STAGES:
+            raise ConfigError(f"no stage {name!r}; the stages are {', '.join(STAGES)}")
+    first = STAGES.index(start_at) if start_at else 0
+    last = STAGES.index(stop_after) if stop_after else len(STAGES) - 1
+    if first > last:
+        raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
+    return first, last
+
+
 def check_measurable(config: PipelineConfig, stages: Sequence[PlannedStage]) -> None:
     """Refuse to train, for one of these stages, what could not be measured afterwards, unless that is allowed.
 
@@ -202,27 +252,6 @@ def check_measurable(config: PipelineConfig, stages: Sequence[PlannedStage]) -> 
             f"{len(names)} metrics could not be measured after the training ({', '.join(names)}); {which}: {why}. Get "
             "what is missing, name the metrics that you want (evaluation.metrics), or set evaluation.unmeasured=allow"
         )
-
-
-@contextmanager
-def session(
-    stages: Sequence[PlannedStage], *, start_at: str | None = None, stop_after: str | None = None
-) -> Iterator[None]:
-    """One Ray start for all shard stages that have to run; none if there are none."""
-    names = [stage.name for stage in stages]
-    if not {start_at, stop_after} <= {None, *names}:
-        yield  # the driver will refuse
-        return
-    first = names.index(start_at) if start_at else 0
-    last = names.index(stop_after) if stop_after else len(names) - 1
-    asked = stages[first : last + 1]
-    if not any(stage.name.startswith("shard/") and stage.state != "done" for stage in asked):
-        yield
-        return
-    from vc2.ray_session import ray_session, sharing_ray
-
-    with ray_session() as address, sharing_ray(address):
-        yield
 
 
 def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str, *, stage: str = "") -> dict[str, Artifact]:
@@ -254,6 +283,16 @@ def given_artifacts(store: Store, shards: Sequence[str], checkpoint: str, *, sta
     return given
 
 
+def artifact_at(store: Store, uri: str) -> tuple[Manifest, Artifact]:
+    """The artifact of any kind that a URI names, and its manifest.
+
+    Raises:
+        ConfigError: If it is not in this store.
+        StoreError: If it does not exist.
+    """
+    return _by_uri(store, uri, Artifact)
+
+
 def _by_uri(store: Store, uri: str, kind: type[Artifact]) -> tuple[Manifest, Artifact]:
     if "://" not in uri:
         uri = str(Path(uri).absolute())
@@ -281,11 +320,22 @@ def next_repeat(config: PipelineConfig, store: Store, start_at: str | None, stop
 def _fingerprint(node: Node, config: PipelineConfig, store: Store, inputs: dict[str, str], repeat: int) -> str:
     stage = getattr(config, node.field)
     if node.kind is ShardSet:
-        world = config.world
-        source = digest(world.identity()) if world else source_digest(stage.source, DEFAULT_WORK / "digests")
         removals = removal_lists(store, stage.source.name)
-        return shard_fingerprint(node.name, stage, source, removals=removals, repeat=repeat)
+        return shard_fingerprint(node.name, stage, raw_digest(config, stage), removals=removals, repeat=repeat)
     return fingerprint(node.name, node.version, stage, inputs, repeat)
+
+
+def _lacking(node: Node, config: PipelineConfig, names: Mapping[str, str]) -> str:
+    """What is not there and goes into the fingerprint of a stage; empty if it has one."""
+    try:
+        if node.kind is ShardSet:
+            raw_digest(config, getattr(config, node.field))
+        if node.kind is Report:
+            config.evaluation.all_prompts()
+    except Vc2Error as error:
+        return str(error)
+    unnamed = [stage for stage in node.inputs.values() if stage not in names]
+    return f"{' and '.join(unnamed)} cannot be told yet" if unnamed else ""
 
 
 def _prefix(node: Node, config: PipelineConfig, name: str) -> str:
@@ -311,18 +361,64 @@ def _taken(node: Node, artifact: Artifact) -> PlannedStage:
     if not isinstance(artifact, node.kind):
         raise ConfigError(f"{artifact.uri} is a {artifact.kind}; {node.name} makes a {node.kind.__name__}")
     return PlannedStage(
-        node.name, node.version, artifact.fingerprint, artifact.prefix, 0, node.inputs, "done", artifact, "given by URI"
+        node.name, node.version, artifact.fingerprint, artifact.prefix, 0, node.inputs, "done", artifact, GIVEN
     )
 
 
-def _progress_of(node: Node, config: PipelineConfig, store: Store, name: str) -> tuple[Any, str]:
-    if node.kind is Checkpoint:
-        steps = [int(entry.key.split("/")[-2]) for entry in store.list(f"runs/{node.field}/{name}/states/")
-                 if entry.key.endswith("/manifest.json")]  # fmt: skip
-        if steps:
-            return "partial", f"step {max(steps)} of {_steps(node, config)}"
+def raw_digest(config: PipelineConfig, stage: ShardStage) -> str:
+    """What stands for the raw data of a source in a fingerprint: of a small world what it is made from, so that it need
+    not be there yet."""
+    if config.world is not None:
+        return digest(config.world.identity())
+    return source_digest(stage.source, DEFAULT_WORK / "digests")
+
+
+# ---- how far a stage has come ----
+
+TRAINED = {node.name: node.field for node in DAG if node.kind is Checkpoint}
+
+
+def _tracks(node: Node, config: PipelineConfig, name: str, inputs: Mapping[str, str], repeat: int) -> dict[str, Track]:
     if node.kind is ShardSet:
-        parts = sum(1 for _ in store.list(f"{_prefix(node, config, name)}/parts/"))
-        if parts:
-            return "partial", f"{parts} shards built"
-    return "to do", "not in the store"
+        stage: ShardStage = getattr(config, node.field)
+        try:
+            tables = source_digest(stage.source, DEFAULT_WORK / "digests")
+        except SourceError:  # a small world that is not made yet
+            tables = ""
+        fetched = {f"{ledger_prefix(stage, repeat, tables=tables)}/part-": ("part", "fetched")} if tables else {}
+        return {**fetched, f"{_prefix(node, config, name)}/parts/shard-": ("shard", "built")}
+    if node.kind is Report:
+        tracks: dict[str, Track] = {}
+        sampling = config.evaluation.sampling()
+        for role in ("checkpoint", "base"):
+            made = fingerprint("sample", SAMPLE_VERSION, sampling, {"checkpoint": inputs[role]}, repeat)
+            tracks[f"{samples_prefix(made)}/groups/"] = ("group", "sampled")
+            if role == "checkpoint":
+                tracks[f"{samples_prefix(made)}/readings/"] = ("video", "measured")
+        return tracks
+    return {}
+
+
+def _counts_of_tracks(stage: PlannedStage, store: Store) -> dict[Track, int]:
+    found: dict[Track, int] = {}
+    for track, thing in stage.tracks.items():
+        kinds = (".parquet", ".json", ".jsonl")  # not the bytes that belong to them
+        number = sum(1 for entry in store.list(track) if entry.key.endswith(kinds))
+        found[thing] = found.get(thing, 0) + number
+    return found
+
+
+def _step_reached(stage: PlannedStage, store: Store) -> int:
+    newest = next(Run(store, TRAINED[stage.name], stage.fingerprint).states(), None)
+    return newest.step if newest else 0
+
+
+def _begun(stage: PlannedStage, node: Node, config: PipelineConfig, store: Store) -> PlannedStage:
+    """A stage that is not done, with what is there of it."""
+    if stage.name in TRAINED:
+        step = _step_reached(stage, store)
+        words = f"step {step} of {_steps(node, config)}" if step else ""
+    else:
+        counts = _counts_of_tracks(stage, store)
+        words = ", ".join(f"{counted(number, thing)} {verb}" for (thing, verb), number in counts.items() if number)
+    return replace(stage, state="partial" if words else "to do", why=words or "not in the store")

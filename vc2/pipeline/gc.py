@@ -11,6 +11,9 @@ young when a manifest names it.
     objects      shared files that nothing names any more
     parts        parts, verdicts and plans' leftovers of shard sets that have their manifest
     heartbeats   of attempts that have ended
+    catalogue    notes and marks of artifacts that are gone
+    pages        pages that were made from artifacts and runs that are gone
+    probes       what trying a store or a cluster left behind
 
 A file is looked at once more right before it is deleted, so that one that was stored anew in the meantime stays.
 Ledgers are never garbage: what was fetched may not be there to be fetched again.
@@ -22,7 +25,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vc2.artifacts import Manifest, load_manifest
+from vc2.artifacts import Manifest, load_manifest, noted_prefix
 from vc2.config import Config
 from vc2.errors import ConfigError, StoreError
 from vc2.progress import Progress, silent
@@ -31,9 +34,11 @@ from vc2.train.attempts import Attempt, Run, StateRef, doomed_keys, is_alive
 
 __all__ = ["CLASSES", "Garbage", "collect_garbage", "find_garbage", "pin", "run_at"]
 
-CLASSES = ("states", "objects", "parts", "heartbeats")
+CLASSES = ("states", "objects", "parts", "heartbeats", "catalogue", "pages", "probes")
 HEARTBEATS_KEPT = 1  # of the newest attempt: it says that it has ended
-LEFTOVERS = re.compile(r"(parts|verdicts)/[^/]+|(unplanned|unmatched)\.parquet|planned\.json")
+LEFTOVERS = re.compile(r"(parts|verdicts|jobs[^/]*)/[^/]+|(unplanned|unmatched)\.parquet|planned\.json")
+ARTIFACTS = re.compile(r"((shards|runs)/.*|(samples|scores|reports)/[^/]+)/manifest\.json")
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 OBJECT = re.compile(rb"objects/([0-9a-f]{64})")
 RUN = re.compile(r"runs/([^/]+)/([^/]+)/")
 
@@ -45,13 +50,27 @@ class Garbage(Config):
     sizes: dict[str, int]  # class -> bytes
     alive: tuple[str, ...] = ()  # runs that were left alone because somebody works on them
 
+    def among(self, other: "Garbage") -> "Garbage":
+        """What both hold. Sizes are upper bounds."""
+        told = {name: set(keys) for name, keys in other.classes.items()}
+        return self.evolve(
+            classes={name: tuple(key for key in keys if key in told[name]) for name, keys in self.classes.items()},
+            sizes={name: min(size, other.sizes[name]) for name, size in self.sizes.items()},
+        )
+
     @property
     def is_empty(self) -> bool:
         return not any(self.classes.values())
 
 
 def collect_garbage(
-    store: Store, *, keep: int = 2, grace_hours: float = 24.0, dry_run: bool = False, progress: Progress = silent
+    store: Store,
+    *,
+    keep: int = 2,
+    grace_hours: float = 24.0,
+    dry_run: bool = False,
+    shown: Garbage | None = None,
+    progress: Progress = silent,
 ) -> Garbage:
     """Delete what nobody needs, and tell what that was.
 
@@ -61,12 +80,15 @@ def collect_garbage(
             keep more (`keep_states` of its newest attempt) keeps those.
         grace_hours: What was stored less than so long ago stays.
         dry_run: Delete nothing.
+        shown: What a dry run has told: nothing but that goes, as far as it still may. None: all that may go.
         progress: Told about deletions.
 
     Raises:
         StoreError: If a manifest or an attempt cannot be read; nothing is deleted then, since it may name anything.
     """
     found = find_garbage(store, keep=keep, grace_hours=grace_hours)
+    if shown is not None:
+        found = found.among(shown)
     if dry_run:
         return found
     keys = [key for name in CLASSES for key in found.classes[name]]
@@ -96,6 +118,12 @@ def find_garbage(store: Store, *, keep: int = 2, grace_hours: float = 24.0) -> G
         if entry.key.removeprefix("objects/") not in marked:
             found["objects"].append(entry)
     found["parts"] += _leftovers(store)
+    artifacts = _artifacts(store)
+    known = {part for prefix in (*artifacts, *(run.prefix for run in runs)) for part in prefix.split("/")}
+    found["catalogue"] += [entry for entry in store.list("catalog/") if noted_prefix(entry.key) not in artifacts]
+    found["catalogue"] += [entry for entry in store.list("sets/") if _set_marked(entry.key) not in artifacts]
+    found["pages"] += [entry for entry in store.list("pages/") if not known.issuperset(FINGERPRINT.findall(entry.key))]
+    found["probes"] += [*store.list("probe/"), *store.list("rehearsals/")]
     old = {name: [entry for entry in entries if entry.modified <= until] for name, entries in found.items()}
     return Garbage(
         classes={name: tuple(entry.key for entry in entries) for name, entries in old.items()},
@@ -228,6 +256,18 @@ def _retention(attempt: Attempt) -> tuple[int, int | None]:
 def _old_heartbeats(run: Run, newest: int) -> list[Entry]:
     entries = [entry for entry in run.store.list(f"{run.prefix}/attempts/") if entry.key.endswith(".heartbeat")]
     return [entry for entry in entries if int(Path(entry.key).stem) <= newest - HEARTBEATS_KEPT]
+
+
+def _artifacts(store: Store) -> set[str]:
+    """Where there are artifacts."""
+    kinds = ("shards", "runs", "samples", "scores", "reports")
+    keys = (entry.key for kind in kinds for entry in store.list(f"{kind}/"))
+    return {found[1] for key in keys if (found := ARTIFACTS.fullmatch(key)) and "/states/" not in key}
+
+
+def _set_marked(key: str) -> str:
+    """The shard set that a mark under `sets/` is of."""
+    return key.replace("sets/", "shards/", 1)
 
 
 def _finished_sets(store: Store) -> set[str]:

@@ -18,15 +18,37 @@ from vc2.config import Config
 from vc2.data.config import SampleForm
 from vc2.errors import ConfigError
 from vc2.model.config import ModelConfig
-from vc2.train.config import Strategy, TrainStage
-from vc2.train.fit import Clip, Kind, clips_by_phase, divisors, is_of_stills, largest_fitting, usable_bytes
-from vc2.train.memory import Count, count_encoding, count_parameters, count_pass, memory_of_rank
+from vc2.train.config import TrainStage
+from vc2.train.fit import (
+    Clip,
+    Counts,
+    Kind,
+    clips_by_phase,
+    divisors,
+    is_of_stills,
+    largest_fitting,
+    memory_by_counts,
+    usable_bytes,
+)
 
-__all__ = ["DEFAULT_HARDWARE", "HARDWARE", "MFU", "Estimate", "Hardware", "estimate", "lines_of", "useful_flops"]
+__all__ = [
+    "DEFAULT_HARDWARE",
+    "HARDWARE",
+    "MFU",
+    "RATES",
+    "Estimate",
+    "Hardware",
+    "estimate",
+    "hardware_of",
+    "hours_of",
+    "lines_of",
+    "useful_flops",
+]
 
 MFU = 0.28
 DEFAULT_HARDWARE = "a100-80"
 ENCODING_RATE = 0.5  # of the peak: the encoders compute in float32, their convolutions in TF32 at half the rate of bf16
+RATES: Mapping[str, float] = {"bf16": 1.0, "fp32": 0.5}  # of the peak, by the precision of the arithmetic
 PEAK = 1e12
 
 
@@ -99,6 +121,8 @@ def estimate(
     mfu: float = MFU,
     price: float | None = None,
     encoded: bool = False,
+    done: int = 0,
+    counts: Counts | None = None,
 ) -> Estimate:
     """What a stage would need and cost.
 
@@ -109,39 +133,42 @@ def estimate(
         mfu: Share of the peak that useful operations get, communication included.
         price: USD for a GPU and hour; None: that of the table.
         encoded: Samples come as latents and text features.
+        done: Steps that are done already; steps, samples, operations and hours are those of the rest.
+        counts: Who knows what the networks cost; None: they are counted here, which needs torch.
 
     Raises:
         ConfigError: If the hardware is not known, or the batch cannot be shared among the GPUs.
     """
-    if hardware not in HARDWARE:
-        raise ConfigError(f"hardware {hardware!r} is not known; take one of {', '.join(HARDWARE)}")
-    gpu, world_size = HARDWARE[hardware], config.world_size or 1
+    counts = counts or _counting()
+    gpu, world_size = hardware_of(hardware), config.world_size or 1
     share, rest = divmod(config.batch_size, world_size)
     if rest:
         raise ConfigError(f"batch_size={config.batch_size} is no multiple of world_size={world_size}; change either")
     phases, stills = clips_by_phase(config, forms), is_of_stills(config, set(forms))
-    memory = memory_of_rank(config, {clip for _, clips in phases for clip in clips.values()}, world_size, stills=stills)
+    sizes = {clip for _, clips in phases for clip in clips.values()}
+    memory = memory_by_counts(config, sizes, world_size, stills=stills, counts=counts)
     usable = usable_bytes(config.memory_gib or gpu.memory_gib)
     fitting = largest_fitting(share, lambda size: memory.total(size) <= usable)
     micro_batch = config.micro_batch or fitting or 1
 
     flops = again = encoding = 0.0
-    for steps, clips in phases:
+    for steps, clips in _left(phases, done):
         for kind, clip in clips.items():
             samples = steps * config.batch_size * _share_of(kind, config, clips)
-            useful, repeated = useful_flops(config, clip, stills=stills)
+            useful, repeated = useful_flops(config, clip, stills=stills, counts=counts)
             flops += samples * useful
             again += samples * repeated
-            encoding += 0.0 if encoded else samples * count_encoding(config.model, clip).forward_flops
-    rate = world_size * gpu.tflops * PEAK * mfu * 3600 * (1.0 if config.precision == "bf16" else 0.5)
-    encoding_hours = encoding / (world_size * gpu.tflops * PEAK * mfu * 3600 * ENCODING_RATE)
+            encoding += 0.0 if encoded else samples * counts.count_encoding(config.model, clip).forward_flops
+    encoding_hours = hours_of(encoding, world_size, gpu, mfu, ENCODING_RATE)
     return Estimate(
         stage=config.name,
         hardware=hardware,
         world_size=world_size,
         parameters={
             group: Group(learning=learning, frozen=frozen)
-            for group, (learning, frozen) in count_parameters(config.model.unet, config.strategy, stills=stills).items()
+            for group, (learning, frozen) in counts.count_parameters(
+                config.model.unet, config.strategy, stills=stills
+            ).items()
         },
         memory={**memory.fixed, "activations": memory.working(micro_batch)},
         usable_bytes=usable,
@@ -149,13 +176,13 @@ def estimate(
         micro_batch=micro_batch,
         micro_batch_is_stated=config.micro_batch is not None,
         passes=share // micro_batch,
-        steps=config.num_steps,
-        samples=config.num_steps * config.batch_size,
+        steps=max(0, config.num_steps - done),
+        samples=max(0, config.num_steps - done) * config.batch_size,
         flops=flops,
         flops_again=again,
         flops_of_encoding=encoding,
         mfu=mfu,
-        hours=(flops + again) / rate + encoding_hours,
+        hours=hours_of(flops + again, world_size, gpu, mfu, RATES[config.precision]) + encoding_hours,
         hours_of_encoding=encoding_hours,
         usd_per_hour=gpu.usd_per_hour if price is None else price,
         warnings=tuple(_warnings(config, memory.total(micro_batch), usable, fitting, hardware)),
@@ -169,13 +196,29 @@ def _share_of(kind: Kind, config: TrainStage, clips: Mapping[Kind, Clip]) -> flo
     return config.image_share if kind == "image" else 1 - config.image_share
 
 
-def useful_flops(config: TrainStage, clip: Clip, *, stills: bool) -> tuple[int, int]:
+def hardware_of(name: str) -> Hardware:
+    """A kind of GPU by its name.
+
+    Raises:
+        ConfigError: If it is not known.
+    """
+    if name not in HARDWARE:
+        raise ConfigError(f"hardware {name!r} is not known; take one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]
+
+
+def hours_of(flops: float, world_size: int, gpu: Hardware, mfu: float, rate: float) -> float:
+    """Hours that operations take on so many GPUs, at a share of their peak and a rate of the precision."""
+    return flops / (world_size * gpu.tflops * PEAK * mfu * 3600 * rate)
+
+
+def useful_flops(config: TrainStage, clip: Clip, *, stills: bool, counts: Counts | None = None) -> tuple[int, int]:
     """Operations of one sample's forward and backward pass, and those that activation checkpointing does again."""
-    done = _counted(config.model, config.strategy, clip, config.precision, stills)
+    counts, precision = counts or _counting(), config.precision
+    done = counts.count_pass(config.model, config.strategy, clip, precision=precision, stills=stills)
     if config.model.unet.gradient_checkpointing != "full":  # selective: makes nothing again that is counted
         return done.forward_flops + done.backward_flops, 0
-    plain = _plain(config.model)
-    once = _counted(plain, config.strategy, clip, config.precision, stills)
+    once = counts.count_pass(_plain(config.model), config.strategy, clip, precision=precision, stills=stills)
     return once.forward_flops + once.backward_flops, done.backward_flops - once.backward_flops
 
 
@@ -183,8 +226,17 @@ def _plain(model: ModelConfig) -> ModelConfig:
     return model.evolve(unet=model.unet.evolve(gradient_checkpointing="none"))
 
 
-def _counted(model: ModelConfig, strategy: Strategy, clip: Clip, precision: str, stills: bool) -> Count:
-    return count_pass(model, strategy, clip, precision=precision, stills=stills)
+def _counting() -> Counts:
+    from vc2.train.memory import COUNTING
+
+    return COUNTING
+
+
+def _left(phases: list[tuple[int, dict[Kind, Clip]]], done: int) -> Iterator[tuple[int, dict[Kind, Clip]]]:
+    """The phases without the steps that are done."""
+    for steps, clips in phases:
+        yield max(0, steps - done), clips
+        done = max(0, done - steps)
 
 
 def _warnings(config: TrainStage, total: int, usable: int, fitting: int | None, hardware: str) -> Iterator[str]:

@@ -11,21 +11,25 @@ of the GPU is kept free for them.
 Source of the shares: Rajbhandari et al. 2020 (ZeRO), Fig. 1, with DeepSpeed's buffers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from vc2.data.config import SampleForm
-from vc2.train.config import Phase, TrainStage
+from vc2.model.config import ModelConfig, UNetConfig
+from vc2.train.config import Phase, Strategy, TrainStage
 
 __all__ = [
     "Clip",
+    "Count",
+    "Counts",
     "Kind",
     "RankMemory",
     "clips_by_phase",
     "divisors",
     "is_of_stills",
     "largest_fitting",
+    "memory_by_counts",
     "stage_forms",
     "usable_bytes",
 ]
@@ -44,6 +48,39 @@ class Clip:
     frames: int
     height: int
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What one sample costs: floating-point operations, and bytes at the worst moment beside weights and gradients."""
+
+    forward_flops: int
+    backward_flops: int  # with what is computed again for activation checkpointing
+    sample_bytes: int  # for each sample of a micro-batch
+    cast_bytes: int = 0  # once, however many samples
+
+
+class Counts(Protocol):
+    """Who knows what networks cost: `vc2.train.memory.COUNTING` counts on fake tensors, which takes torch and half a
+    minute, `vc2.train.counted.SHIPPED` has looked some networks up before."""
+
+    def count_pass(self, config: ModelConfig, strategy: Strategy, clip: Clip, *, precision: str, stills: bool) -> Count:
+        """What one sample costs, forward and backward."""
+        ...
+
+    def count_encoding(self, config: ModelConfig, clip: Clip) -> Count:
+        """What encoding one sample costs."""
+        ...
+
+    def count_parameters(
+        self, config: UNetConfig, strategy: Strategy, *, stills: bool
+    ) -> Mapping[str, tuple[int, int]]:
+        """(learning, frozen) parameters of the network by group."""
+        ...
+
+    def count_encoders(self, config: ModelConfig) -> int:
+        """Parameters of the frozen autoencoder and text tower."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +125,35 @@ class RankMemory:
     def working(self, micro_batch: int) -> int:
         """Those of the total that come and go with every pass."""
         return max(self.cast_bytes + micro_batch * self.sample_bytes, self.encoding_bytes)
+
+
+def memory_by_counts(
+    config: TrainStage, clips: Collection[Clip], world_size: int, *, stills: bool, counts: Counts
+) -> RankMemory:
+    """What a rank needs, by what it is for.
+
+    Args:
+        config: The stage.
+        clips: Sizes of the samples that it sees; the dearest one counts.
+        world_size: Ranks that share masters, moments and EMA.
+        stills: The stage sees images alone.
+        counts: Who knows what its networks cost.
+    """
+    groups = counts.count_parameters(config.model.unet, config.strategy, stills=stills)
+    passes = [
+        counts.count_pass(config.model, config.strategy, clip, precision=config.precision, stills=stills)
+        for clip in clips
+    ]
+    return RankMemory.of(
+        learning=sum(some for some, _ in groups.values()),
+        frozen=sum(some for _, some in groups.values()),
+        encoders=counts.count_encoders(config.model),
+        world_size=world_size,
+        zero_stage=config.zero_stage,
+        cast_bytes=max(count.cast_bytes for count in passes),
+        sample_bytes=max(count.sample_bytes for count in passes),
+        encoding_bytes=max(counts.count_encoding(config.model, clip).sample_bytes for clip in clips),
+    )
 
 
 def usable_bytes(memory_gib: float, *, context_gib: float = CONTEXT_GIB) -> int:

@@ -10,7 +10,6 @@ float32. What follows for a rank: `vc2.train.fit`.
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -29,9 +28,10 @@ from vc2.model.stills import split_taps
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
 from vc2.train.config import Strategy, TrainStage
-from vc2.train.fit import Clip, RankMemory
+from vc2.train.fit import Clip, Count, Counts, RankMemory, memory_by_counts
 
 __all__ = [
+    "COUNTING",
     "Count",
     "Meter",
     "count_encoders",
@@ -55,16 +55,6 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # latents, timesteps, text, fps 
 def _once(function: Callable[P, R]) -> Callable[P, R]:
     """`functools.cache` with its types kept. Configurations are frozen, so they can be looked up."""
     return cast(Callable[P, R], cache(function))
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """What one sample costs: floating-point operations, and bytes at the worst moment beside weights and gradients."""
-
-    forward_flops: int
-    backward_flops: int  # with what is computed again for activation checkpointing
-    sample_bytes: int  # for each sample of a micro-batch
-    cast_bytes: int = 0  # once, however many samples
 
 
 class Meter(TorchDispatchMode):
@@ -259,18 +249,16 @@ def memory_of_rank(config: TrainStage, clips: Collection[Clip], world_size: int,
         world_size: Ranks that share masters, moments and EMA.
         stills: The stage sees images alone.
     """
-    counts = count_parameters(config.model.unet, config.strategy, stills=stills)
-    learning = sum(some for some, _ in counts.values())
-    passes = [
-        count_pass(config.model, config.strategy, clip, precision=config.precision, stills=stills) for clip in clips
-    ]
-    return RankMemory.of(
-        learning=learning,
-        frozen=sum(some for _, some in counts.values()),
-        encoders=count_encoders(config.model),
-        world_size=world_size,
-        zero_stage=config.zero_stage,
-        cast_bytes=max(count.cast_bytes for count in passes),
-        sample_bytes=max(count.sample_bytes for count in passes),
-        encoding_bytes=max(count_encoding(config.model, clip).sample_bytes for clip in clips),
-    )
+    return memory_by_counts(config, clips, world_size, stills=stills, counts=COUNTING)
+
+
+class _Counting:
+    """Counts on fake tensors, as `vc2.train.fit` asks for them."""
+
+    count_pass = staticmethod(count_pass)
+    count_encoding = staticmethod(count_encoding)
+    count_parameters = staticmethod(count_parameters)
+    count_encoders = staticmethod(count_encoders)
+
+
+COUNTING: Counts = _Counting()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from vc2.storage import Store
 from vc2.train.attempts import Run
 
-__all__ = ["QUARTILES", "Metrics", "StepFigures", "read_metrics", "read_validations"]
+__all__ = ["QUARTILES", "Metrics", "StepFigures", "read_all_lines", "read_metrics", "read_validations"]
 
 QUARTILES = 4  # parts of the timesteps whose losses are told apart: the first is almost clean, the last almost noise
 
@@ -100,6 +100,14 @@ def read_metrics(store: Store, stage: str, fingerprint: str) -> list[dict[str, A
         samples.
     """
     return _read(store, stage, fingerprint, lambda line: "loss" in line)
+
+
+def read_all_lines(run: Run) -> list[dict[str, Any]]:
+    """Every line that any attempt at a run wrote, steps that were lost and done again included: what it took in all."""
+    lines = []
+    for entry in run.store.list(f"{run.prefix}/metrics/"):
+        lines += [json.loads(text) for text in run.store.read(entry.key).decode().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def read_validations(store: Store, stage: str, fingerprint: str) -> list[dict[str, Any]]:
