@@ -37,6 +37,7 @@ __all__ = [
     "is_available",
     "is_offline",
     "mirror",
+    "not_on_hub",
     "resolve",
     "status",
 ]
@@ -294,6 +295,23 @@ def is_available(name: str) -> bool:
         next(_places(part, default_cache(), [], offline=True, fetch=False), None) is not None
         for part in WEIGHTS[name].parts()
     )
+
+
+def not_on_hub(name: str) -> str:
+    """Why the hub would not give weights that are not at hand; empty: it says that it would. In offline mode it is not
+    asked; else for the heads of their files alone."""
+    if is_offline():
+        return "VC2_OFFLINE is set, so the hub is not asked"
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    for part in WEIGHTS[name].parts():
+        if part.hub is None:
+            return "they are not on the hub"
+        try:
+            get_hf_file_metadata(hf_hub_url(*part.hub), timeout=10)
+        except Exception as error:  # whatever its client raises
+            return f"the hub does not give them ({type(error).__name__})"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

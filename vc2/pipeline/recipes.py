@@ -81,7 +81,12 @@ EvaluateOverrides = overrides_of(EvaluateStage)
 
 
 def resolve(
-    recipe: str, overrides: Mapping[str, Any] | Config | None = None, *, work: Path = DEFAULT_WORK, table3: str = ""
+    recipe: str,
+    overrides: Mapping[str, Any] | Config | None = None,
+    *,
+    work: Path = DEFAULT_WORK,
+    table3: str = "",
+    bind: bool = True,
 ) -> PipelineConfig:
     """The config of a recipe, with settings laid over it.
 
@@ -90,6 +95,7 @@ def resolve(
         overrides: Nested settings, or a `PipelineOverrides`.
         work: Work folder; sources that the recipe makes itself lie in it.
         table3: Name of a row of the paper's Table 3, laid over the recipe before the settings; empty: none.
+        bind: Read the prompts, and look up what metrics are measured with. A config without has no fingerprints yet.
 
     Raises:
         ConfigError: If there is no such recipe or row, or a setting does not fit.
@@ -102,6 +108,8 @@ def resolve(
     else:
         config = single_gpu(work) if recipe == "single_gpu" else paper(work)
     config = merge(row(config, named_row(table3)) if table3 else config, settings)
+    if not bind:
+        return config
     evaluation = config.evaluation
     if evaluation.prompts_file and not evaluation.prompts:
         evaluation = evaluation.with_prompts()

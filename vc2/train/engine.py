@@ -30,6 +30,7 @@ __all__ = [
     "Engine",
     "PlainEngine",
     "create_engine",
+    "device_of",
     "gather_objects",
     "join_ranks",
     "leave_ranks",
@@ -37,6 +38,20 @@ __all__ = [
 ]
 
 RANK_TIMEOUT = timedelta(minutes=5)  # after a hang, until a collective fails by itself
+
+
+def device_of(config: TrainStage, local_rank: int) -> torch.device:
+    """What a rank computes on.
+
+    Raises:
+        ConfigError: If a GPU is asked for and there is none.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch finds no GPU; take device=auto or cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def join_ranks(device: torch.device, patience: float) -> None:

@@ -18,7 +18,7 @@ from vc2.launch import end_rank, reporting_to, this_rank
 from vc2.progress import Progress, silent
 from vc2.train import rank as training
 from vc2.train.config import TrainStage
-from vc2.train.engine import join_ranks
+from vc2.train.engine import device_of, join_ranks
 
 __all__ = ["Member"]
 
@@ -36,7 +36,7 @@ class Member:
 
     def __init__(self, config: TrainStage) -> None:
         self.rank = this_rank()
-        join_ranks(training.device_of(config, self.rank.local_rank), config.hang_seconds)
+        join_ranks(device_of(config, self.rank.local_rank), config.hang_seconds)
 
     def decided(self, decide: Callable[[], T]) -> T:
         """What the first rank decides, on every rank; its error too.

@@ -28,10 +28,10 @@ from vc2.errors import ShardCorrupted
 from vc2.launch import report, run_rank, this_rank
 from vc2.storage import Store, open_store
 from vc2.train.encode import Encoders
+from vc2.train.engine import device_of
 from vc2.train.latents import pack
 from vc2.train.parts import build_autoencoder, build_text_encoder
 from vc2.train.precompute import PrecomputeRequest, part_key, shard_numbers
-from vc2.train.rank import device_of
 
 __all__ = ["main"]
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vc2.data.loader import Loader, SampleRef
-from vc2.errors import ConfigError
 from vc2.launch import end_rank, report, run_rank, this_rank
 from vc2.model.schedule import NoiseSchedule
 from vc2.storage import Store, join_uri, open_store
@@ -23,7 +22,7 @@ from vc2.train.config import TrainStage
 from vc2.train.curves import Curves
 from vc2.train.ema import Ema
 from vc2.train.encode import Batches, Encoders
-from vc2.train.engine import create_engine, join_ranks, leave_ranks
+from vc2.train.engine import create_engine, device_of, join_ranks, leave_ranks
 from vc2.train.export import export_state, open_loader
 from vc2.train.loop import StopSignal, Trainer
 from vc2.train.metrics import Metrics
@@ -43,7 +42,7 @@ from vc2.train.states import StateWriter, restore
 from vc2.train.validate import Validator
 from vc2.train.watchdog import Watchdog
 
-__all__ = ["device_of", "main"]
+__all__ = ["main"]
 
 
 def main(request_uri: str) -> None:
@@ -66,6 +65,8 @@ def main(request_uri: str) -> None:
     if trainer.rank.is_first:
         state = trainer.run.manifest(StateRef(attempt=request.attempt, step=trainer.step))
         facts = {"device": trainer.device.type, "engine": type(trainer.engine).__name__}
+        if trainer.device.type == "cuda":
+            facts["gpu"] = torch.cuda.get_device_name(trainer.device)
         export_state(request, trainer.run, state, Path(request.work), facts=facts, frozen_digest=frozen_digest)
     leave_ranks()
 
@@ -248,20 +249,6 @@ def _watchdog(request: RankRequest, trainer: Trainer) -> Watchdog:
 def _frozen(trainer: Trainer) -> dict[str, Tensor]:
     named = trainer.engine.module.named_parameters()
     return {name: parameter for name, parameter in named if not parameter.requires_grad}
-
-
-def device_of(config: TrainStage, local_rank: int) -> torch.device:
-    """What a rank computes on.
-
-    Raises:
-        ConfigError: If a GPU is asked for and there is none.
-    """
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch finds no GPU; take device=auto or cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ __all__ = [
     "RAW_WEIGHTS",
     "TEXT_WEIGHTS",
     "RankRequest",
+    "Request",
 ]
 
 # Names of the files of a checkpoint; readers of checkpoints know them.
@@ -38,27 +39,11 @@ MODEL_CARD = "README.md"
 LORA = "lora.safetensors"  # averaged low-rank updates, where those were learnt
 
 
-class RankRequest(Config):
-    """One attempt at a run, fully resolved."""
+class Request(Config):
+    """What any ranks are asked: at least where the store is, and which folder of their machine they may use."""
 
-    stage: TrainStage
     store: str  # URI
     work: str  # folder of the machine that asks; on any other one VC2_WORK says otherwise
-    fingerprint: str
-    attempt: int
-    start: StateRef | None  # the state to resume from
-    layout: Layout
-    videos: tuple[ShardSet, ...]
-    images: tuple[ShardSet, ...]
-    autoencoder: FileEntry  # in the store
-    start_from: Checkpoint | None
-    inputs: dict[str, Artifact]
-    repeat: int = 0
-
-    @property
-    def of_stills(self) -> bool:
-        """Whether the run sees images alone."""
-        return not self.videos or self.stage.image_share == 1.0
 
     @classmethod
     def load(cls, place: str) -> Self:
@@ -75,6 +60,27 @@ class RankRequest(Config):
         except (KeyError, OSError, ValueError) as error:
             raise StoreError(f"{place}: no request to ranks ({str(error).splitlines()[0]})") from None
         return request.evolve(work=os.environ.get("VC2_WORK") or request.work)
+
+
+class RankRequest(Request):
+    """One attempt at a run, fully resolved."""
+
+    stage: TrainStage
+    fingerprint: str
+    attempt: int
+    start: StateRef | None  # the state to resume from
+    layout: Layout
+    videos: tuple[ShardSet, ...]
+    images: tuple[ShardSet, ...]
+    autoencoder: FileEntry  # in the store
+    start_from: Checkpoint | None
+    inputs: dict[str, Artifact]
+    repeat: int = 0
+
+    @property
+    def of_stills(self) -> bool:
+        """Whether the run sees images alone."""
+        return not self.videos or self.stage.image_share == 1.0
 
 
 def _read(place: str) -> bytes:
