@@ -6,8 +6,6 @@ from vc2.eval.charts import (
     BINS,
     Ranked,
     histogram_svg,
-    lineage_layers,
-    lineage_svg,
     loss_svg,
     ranking_svg,
     smoothed,
@@ -62,23 +60,3 @@ def test_a_ranking_puts_the_highest_on_top_and_marks_ours() -> None:
     assert svg.index(">b<") < svg.index(">ours<") < svg.index(">a<")
     assert svg.count("<circle") == 2 and svg.count('class="ours"') == 3 and "ours is number 2 of 3" in svg
     assert "<svg" in ranking_svg("total", [Ranked("a", 1.0)]) and "no values" in ranking_svg("total", [])
-
-
-def test_every_arrow_of_a_lineage_points_down() -> None:
-    """An artifact lies below all it was made from; what lies elsewhere is left out; circles are refused."""
-    inputs = {
-        "report": ["scores", "spatial"],
-        "scores": ["spatial"],
-        "spatial": ["full", "jdb"],
-        "full": ["web"],
-        "jdb": [],
-        "web": [],
-    }
-    layers = lineage_layers(inputs)
-    depth = {name: level for level, layer in enumerate(layers) for name in layer}
-    assert all(depth[name] > depth[parent] for name, parents in inputs.items() for parent in parents)
-    svg = lineage_svg(inputs, {name: (name, "12", "note") for name in inputs})
-    assert svg.count("<rect") == 6 and svg.count('class="edge"') == 6
-    assert lineage_layers({"a": ["elsewhere"]}) == [["a"]]
-    with pytest.raises(ValueError, match="circle"):
-        lineage_layers({"a": ["b"], "b": ["a"]})

@@ -1,5 +1,5 @@
 """Charts as inline SVG, drawn with the page's own colours: loss curves with the trivial predictor's level, how a metric
-is distributed over the videos, models in the order of a score, and the lineage.
+is distributed over the videos, and models in the order of a score.
 
 What is told by colour is told by form, too: filled or outlined, dot or diamond, solid or dashed. Coordinates are SVG's:
 x to the right, y downwards. Every figure has a title and a description for those who do not see it.
@@ -12,13 +12,12 @@ from html import escape
 
 from vc2.eval.page import element
 
-__all__ = ["Ranked", "histogram_svg", "lineage_layers", "lineage_svg", "loss_svg", "ranking_svg", "smoothed", "ticks"]
+__all__ = ["Ranked", "histogram_svg", "loss_svg", "ranking_svg", "smoothed", "ticks"]
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 560, 310  # of a loss curve
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 16, 50
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 216, 70, 24, 46  # of a lineage
 BINS, BARS_WIDTH, BARS_HEIGHT = 24, 300, 150  # of a histogram
 NAMES_WIDTH, DOTS_WIDTH, ROW_HEIGHT = 180, 116, 21  # of a ranking
 
@@ -48,8 +47,9 @@ def smoothed(points: Sequence[Point], share: float = 0.06) -> list[Point]:
     return means
 
 
-def loss_svg(name: str, points: Sequence[Point], trivial: float | None) -> str:
-    """A loss curve: every logged loss faintly, the trend over it, and the level of the trivial predictor dashed."""
+def loss_svg(name: str, points: Sequence[Point], trivial: float | None, *, what: str = "loss") -> str:
+    """A loss curve: every logged loss faintly, the trend over it, and the level of the trivial predictor dashed. So any
+    other figure is drawn, too; `what` it is stands beside the axis."""
     points = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
     if not points:
         return f'<p class="empty">{escape(name)}: no losses were logged.</p>'
@@ -84,7 +84,7 @@ def loss_svg(name: str, points: Sequence[Point], trivial: float | None) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     upright = f"translate(15 {middle[1]}) rotate(-90)"
     parts.append(element("text", "training step", class_="axis", x=middle[0], y=HEIGHT - 6, text_anchor="middle"))
-    parts.append(element("text", "loss", class_="axis", transform=upright, text_anchor="middle"))
+    parts.append(element("text", what, class_="axis", transform=upright, text_anchor="middle"))
     parts.append(element("polyline", class_="raw", points=" ".join(at(*point) for point in _thinned(points))))
     parts.append(
         element("polyline", class_="trend", points=" ".join(at(*point) for point in _thinned(smoothed(points))))
@@ -203,77 +203,3 @@ def ranking_svg(name: str, rows: Sequence[Ranked], digits: int = 2) -> str:
         ]
     width = NAMES_WIDTH + DOTS_WIDTH + 52
     return element("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", class_="ranking")
-
-
-def lineage_layers(inputs: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Names by their longest way from a source, so that every arrow points downwards."""
-    depth: dict[str, int] = {}
-
-    def place(name: str, path: tuple[str, ...] = ()) -> int:
-        if name not in depth:
-            if name in path:
-                raise ValueError(f"lineage goes in a circle: {' <- '.join((*path, name))}")
-            depth[name] = 1 + max(
-                (place(parent, (*path, name)) for parent in inputs[name] if parent in inputs), default=-1
-            )
-        return depth[name]
-
-    for name in inputs:
-        place(name)
-    return [[name for name in inputs if depth[name] == level] for level in range(max(depth.values(), default=-1) + 1)]
-
-
-def lineage_svg(inputs: Mapping[str, Sequence[str]], lines: Mapping[str, Sequence[str]]) -> str:
-    """The graph of artifacts, sources on top: a box per name with its lines of text, an arrow per input."""
-    layers = lineage_layers(inputs)
-    if not layers:
-        return ""
-    centres = _centres(layers, inputs)
-    left = min(centres.values()) - BOX_WIDTH / 2 - 2
-    width = max(centres.values()) + BOX_WIDTH / 2 + 2 - left
-    tops = {name: 2 + row * (BOX_HEIGHT + GAP_Y) for row, layer in enumerate(layers) for name in layer}
-    height = len(layers) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 4
-    tip = element("path", class_="tip", d="M0 0 8 4 0 8Z")
-    arrow = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "markerWidth": 7, "markerHeight": 7, "orient": "auto"}
-    parts = [
-        element("title", "Lineage"),
-        element("desc", "What each artifact was made from; the same as the list."),
-        element("defs", element("marker", tip, id="tip", **arrow)),
-    ]
-    for name, parents in inputs.items():
-        for parent in (parent for parent in parents if parent in centres):
-            start, end = (centres[parent] - left, tops[parent] + BOX_HEIGHT), (centres[name] - left, tops[name])
-            parts.append(element("path", class_="edge", d=_edge(start, end), marker_end="url(#tip)"))
-    for name, top in tops.items():
-        words = [
-            element("text", escape(line), class_=style, x=14, y=22 + 19 * row)
-            for row, (style, line) in enumerate(zip(("name", "hash", "note"), lines[name], strict=False))
-        ]
-        box = element("rect", width=BOX_WIDTH, height=BOX_HEIGHT, rx=9)
-        x = centres[name] - left - BOX_WIDTH / 2
-        parts.append(element("g", box, *words, transform=f"translate({x:.0f} {top})"))
-    size = {"viewBox": f"0 0 {width:.0f} {height}", "width": f"{width:.0f}", "height": height}
-    return element("svg", *parts, role="img", class_="lineage", **size)
-
-
-def _edge(start: Point, end: Point) -> str:
-    """Straight down to the gap above the end's layer, then a bend into it: does not cross boxes in between."""
-    (x0, _), (x1, y1) = start, end
-    y = y1 - GAP_Y
-    return f"M{x0:.0f} {start[1]}V{y}C{x0:.0f} {y + 31} {x1:.0f} {y + 15} {x1:.0f} {y1}"
-
-
-def _centres(layers: Sequence[Sequence[str]], inputs: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Where the middle of each box is: below the mean of what it was made from, as far as its neighbours leave room."""
-    step = BOX_WIDTH + GAP_X
-    centres: dict[str, float] = {}
-    for layer in layers:
-        wanted: dict[str, float] = {}
-        for place, name in enumerate(layer):
-            above = [centres[parent] for parent in inputs[name] if parent in centres]
-            wanted[name] = sum(above) / len(above) if above else place * step
-        free = -math.inf
-        for name in sorted(layer, key=wanted.__getitem__):
-            centres[name] = max(wanted[name], free)
-            free = centres[name] + step
-    return centres

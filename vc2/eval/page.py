@@ -5,12 +5,27 @@ The script is allowed by its own hash, so text that found its way into the page 
 
 import base64
 import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
-__all__ = ["column", "data_uri", "element", "empty", "number", "page", "row_head", "section", "table"]
+__all__ = [
+    "column",
+    "data_uri",
+    "element",
+    "empty",
+    "facts_list",
+    "flat",
+    "number",
+    "page",
+    "row_head",
+    "seconds_text",
+    "section",
+    "table",
+]
 
 VOID = ("br", "img", "input", "meta")
 
@@ -81,24 +96,77 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document around `body`, which is trusted markup."""
+def seconds_text(seconds: float) -> str:
+    """A duration in the units that suit it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def facts_list(facts: Mapping[str, str]) -> str:
+    """Facts by name, in as many columns as there is room for."""
+    listed = [
+        element("div", element("dt", escape(name)), element("dd", escape(value))) for name, value in facts.items()
+    ]
+    return element("dl", *listed, class_="facts")
+
+
+def flat(value: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Nested settings by their dotted names, as text."""
+    found: dict[str, str] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping) and item:
+            found |= flat(item, f"{before}{name}.")
+        else:
+            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=str)
+            found[f"{before}{name}"] = text
+    return found
+
+
+def page(
+    title: str,
+    body: str,
+    *,
+    look: str = "report.css",
+    script: str = "report.js",
+    media: str = "data:",
+    styled_inside: bool = True,
+    head: Sequence[str] = (),
+) -> str:
+    """A whole HTML document around `body`, which is trusted markup.
+
+    Args:
+        title: Of the document.
+        body: What is in it; its script comes behind.
+        look: Styles of this kind of page, beside those that all share (`page.css`).
+        script: Of this kind of page.
+        media: Where videos may come from, in the words of a content security policy.
+        styled_inside: Elements may have styles of their own; else only the sheet's count.
+        head: More elements of the head.
+    """
     assets = files("vc2.eval") / "assets"
-    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    common, own, code = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", look, script))
+    style = f"{common}\n{own}"
+    allowed = "'unsafe-inline'" if styled_inside else _hash(style)
     policy = (
-        f"default-src 'none'; script-src 'sha256-{allowed}'; style-src 'unsafe-inline'; "
-        "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {_hash(code)}; style-src {allowed}; "
+        f"img-src data:; media-src {media}; base-uri 'none'; form-action 'none'"
     )
-    head = "\n".join(
+    elements = "\n".join(
         (
             element("meta", charset="utf-8"),
             element("meta", http_equiv="Content-Security-Policy", content=policy),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", name="color-scheme", content="light dark"),
+            *head,
             element("title", escape(title)),
-            f"<style>\n{style}</style>",
+            f"<style>{style}</style>",
         )
     )
-    whole = f"<head>\n{head}\n</head>\n<body>\n{body}\n<script>{script}</script>\n</body>"
+    whole = f"<head>\n{elements}\n</head>\n<body>\n{body}\n<script>{code}</script>\n</body>"
     return f'<!doctype html>\n<html lang="en">\n{whole}\n</html>\n'
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -13,14 +13,27 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from vc2.eval.charts import lineage_layers, lineage_svg, loss_svg, smoothed
+from vc2.eval.charts import loss_svg, smoothed
+from vc2.eval.graphs import Box, graph_layers, graph_svg
 from vc2.eval.leaderboard import results_by_mode
-from vc2.eval.page import column, data_uri, element, empty, page, row_head, section, table
+from vc2.eval.page import (
+    column,
+    data_uri,
+    element,
+    empty,
+    facts_list,
+    flat,
+    page,
+    row_head,
+    seconds_text,
+    section,
+    table,
+)
 from vc2.eval.report_data import LossCurve, ReportData, ShardSheet, SheetItem
 from vc2.eval.report_scores import comparisons, count_words, headline, missing, scores
 from vc2.eval.report_videos import before_after, opening
 
-__all__ = ["render_html"]
+__all__ = ["controls", "loss_card", "render_html"]
 
 
 def render_html(data: ReportData) -> str:
@@ -40,7 +53,7 @@ def render_html(data: ReportData) -> str:
         ("timings", "Timings"): _timings(data),
     }
     links = [element("a", name, href=f"#{anchor}") for (anchor, name), part in parts.items() if part]
-    bar = element("nav", *links, aria_label="Parts of the report") + _controls()
+    bar = element("nav", *links, aria_label="Parts of the report") + controls()
     footer = f"{escape(data.title)}. {escape(data.created_at)} <code>{escape(data.fingerprint)}</code>"
     body = "\n".join((*filter(None, parts.values()), element("footer", footer)))
     skip = element("a", "To the videos", class_="skip", href="#samples")
@@ -59,7 +72,7 @@ def _figures(data: ReportData) -> dict[str, str]:
     return figures
 
 
-def _controls() -> str:
+def controls() -> str:
     """Buttons for all videos; the script knows them by their order and shows them."""
     buttons = (
         element("button", "Pause", type="button", title="play or pause (k)"),
@@ -75,7 +88,7 @@ def _controls() -> str:
 
 
 def _losses(data: ReportData) -> str:
-    charts = [_loss_card(curve) for curve in data.curves]
+    charts = [loss_card(curve) for curve in data.curves]
     return section(
         "losses",
         "Losses",
@@ -85,7 +98,8 @@ def _losses(data: ReportData) -> str:
     )
 
 
-def _loss_card(curve: LossCurve) -> str:
+def loss_card(curve: LossCurve) -> str:
+    """A loss curve with what it ends at."""
     points = [(step, loss) for step, loss in curve.points if math.isfinite(loss)]
     last = f"ends at {smoothed(points)[-1][1]:.3f} after {points[-1][0]:g} steps" if points else ""
     return element(
@@ -158,9 +172,10 @@ def _lineage(data: ReportData) -> str:
         return section("lineage", "Lineage", lead, empty("No lineage was recorded."))
     nodes = {node.name: node for node in data.lineage}
     inputs = {name: list(node.inputs) for name, node in nodes.items()}
-    lines = {name: (name, node.fingerprint[:12], node.note or node.kind) for name, node in nodes.items()}
+    boxes = {name: Box((name, node.fingerprint[:12], node.note or node.kind)) for name, node in nodes.items()}
+    arrows = {name: [("", parent) for parent in parents] for name, parents in inputs.items()}
     listed = []
-    for name in (name for layer in lineage_layers(inputs) for name in layer):
+    for name in (name for layer in graph_layers(inputs) for name in layer):
         node = nodes[name]
         made_from = f", from {' and '.join(node.inputs)}" if node.inputs else ""
         digests = f"fingerprint {escape(node.fingerprint)}<br>content {escape(node.content_digest or 'not recorded')}"
@@ -170,7 +185,7 @@ def _lineage(data: ReportData) -> str:
         "lineage",
         "Lineage",
         lead,
-        element("div", lineage_svg(inputs, lines), class_="lineage-picture"),
+        element("div", graph_svg("Lineage", arrows, boxes), class_="lineage-picture"),
         element(
             "details",
             element("summary", "All fingerprints and content digests"),
@@ -186,37 +201,17 @@ def _lineage(data: ReportData) -> str:
 def _configuration(data: ReportData) -> str:
     text = escape(json.dumps(data.config, indent=2, ensure_ascii=False, default=str))
     settings = element("details", element("summary", "All settings"), element("pre", text, tabindex=0))
-    versions = element("details", element("summary", "Environment"), _facts(data.environment), class_="more")
+    versions = element("details", element("summary", "Environment"), facts_list(data.environment), class_="more")
     decisive = data.benchmark.get("settings") or {}
     return section(
         "configuration",
         "Settings",
         "The resolved configuration of every stage, and the versions it ran with.",
-        element("h3", "What decides the scores") + _facts(_flat(decisive)) if decisive else "",
+        element("h3", "What decides the scores") + facts_list(flat(decisive)) if decisive else "",
         _weights(data.benchmark),
         settings if data.config else empty("No configuration."),
         versions if data.environment else "",
     )
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    listed = [
-        element("div", element("dt", escape(name)), element("dd", escape(value))) for name, value in facts.items()
-    ]
-    return element("dl", *listed, class_="facts")
-
-
-def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Settings by their dotted names."""
-    found: dict[str, str] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping) and item:
-            found |= _flat(item, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = (
-                item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=str)
-            )
-    return found
 
 
 def _weights(benchmark: Mapping[str, Any]) -> str:
@@ -248,18 +243,11 @@ def _timings(data: ReportData) -> str:
     for timing in data.timings:
         width = f"width:{100 * timing.seconds / longest:.1f}%"
         fill = element("i", class_="again" if timing.is_reused else None, style=width)
-        words = _seconds(timing.seconds) + (", reused" if timing.is_reused else "")
+        words = seconds_text(timing.seconds) + (", reused" if timing.is_reused else "")
         bars.append(element("b", escape(timing.stage)))
         bars.append(element("span", fill, class_="track") + element("span", words, class_="t"))
-    total = f"{_seconds(sum(timing.seconds for timing in data.timings))} in all."
+    total = f"{seconds_text(sum(timing.seconds for timing in data.timings))} in all."
     return section("timings", "Timings", total, element("div", *bars, class_="bars"))
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _bytes(size: float) -> str:

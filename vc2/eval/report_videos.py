@@ -15,7 +15,7 @@ from vc2.eval.metrics import METRICS
 from vc2.eval.page import column, data_uri, element, empty, number, row_head, section, table
 from vc2.eval.report_data import BeforeAfter, Judged, ReportData, SampleRow
 
-__all__ = ["before_after", "digits_of", "opening", "printed"]
+__all__ = ["before_after", "digits_of", "opening", "printed", "wall"]
 
 FEW = 24  # videos of which a browser looks at the first frame at once
 FILTERS_FROM = 6  # videos, below which there is nothing to filter
@@ -115,6 +115,13 @@ def opening(data: ReportData, figures: Mapping[str, str]) -> str:
         "" if is_scored_only else listed,
     )
     return element("section", *parts, id="samples", class_="opening")
+
+
+def wall(data: ReportData) -> str:
+    """All videos side by side, each under its prompt, and nothing else."""
+    survey = Survey.of(data)
+    cards = [_sample_card(survey, row, is_large=False) for row in data.rows]
+    return element("div", *cards, class_="wall all small whole") if cards else empty("No samples.")
 
 
 def _lead(survey: Survey) -> str:

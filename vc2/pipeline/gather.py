@@ -42,7 +42,7 @@ from vc2.progress import Progress, silent
 from vc2.storage import Store
 from vc2.train.precompute import LATENTS
 
-__all__ = ["BEFORE", "REAL", "gather", "gather_videos", "judge_by_truth", "real_clips"]
+__all__ = ["BEFORE", "REAL", "gather", "gather_videos", "judge_by_truth", "loss_curve", "real_clips", "shown_videos"]
 
 BEFORE = "before stage 2"
 REAL = "real clips"
@@ -112,9 +112,9 @@ def gather(
     card = _Card.read(store, scorecard)
     prompts = wanted.all_prompts()
     files = videos_of(load_manifest(store, made["checkpoint"].prefix))
-    samples = _shown(store, made["checkpoint"], progress=progress)
+    samples = shown_videos(store, made["checkpoint"], progress=progress)
     pairs = [prompt.id for prompt in prompts[:MOST_PAIRS]]
-    before = _shown(store, made["base"], pairs, PREVIEW_BUDGET // 4) if "base" in made else {}
+    before = shown_videos(store, made["base"], pairs, PREVIEW_BUDGET // 4) if "base" in made else {}
     trained = [node for node in lineage.values() if node.kind == "checkpoint" and node.stage != IMPORTED]
     on_cpu = all(manifest.facts.get("device") == "cpu" for manifest in trained)
     return ReportData(
@@ -146,7 +146,7 @@ def gather(
             for prompt in prompts[:MOST_PAIRS]
             if prompt.id in before and (earlier := before[prompt.id].data) and (later := samples[prompt.id].data)
         ],
-        curves=[_curve(store, manifest) for manifest in trained],
+        curves=[loss_curve(store, manifest) for manifest in trained],
         judges=JUDGES if config.world is not None else (),
         scores=[
             ScoreRow(name, {figure: Summary(**said) for figure, said in figures.items()}, is_reference=name == REAL)
@@ -192,7 +192,7 @@ def gather_videos(
     lineage = _lineage(store, {}, {"checkpoint": samples}, scorecard)
     prompts = prompts or _prompts(store, manifest, card)
     files = videos_of(manifest)
-    shown = _shown(store, samples, [name for name in files if name not in card.rejected], progress=progress)
+    shown = shown_videos(store, samples, [name for name in files if name not in card.rejected], progress=progress)
     sizes = [(found.width, found.height) for found in shown.values() if found.width]
     width, height = manifest.config.get("width"), manifest.config.get("height")
     return ReportData(
@@ -301,14 +301,22 @@ def _prompts(store: Store, manifest: Manifest, card: _Card) -> list[Prompt]:
     return sorted(found.values(), key=lambda prompt: prompt.id)
 
 
-def _shown(
+def shown_videos(
     store: Store,
     samples: SampleSet,
     names: Sequence[str] | None = None,
     budget: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, Preview]:
-    """What the page shows of the videos of a set, by id."""
+    """What a page shows of the videos of a set, by id.
+
+    Args:
+        store: Where it is.
+        samples: The set.
+        names: Ids of those wanted; None: all.
+        budget: Bytes that they may take in the page.
+        progress: Told after each video.
+    """
     manifest = load_manifest(store, samples.prefix)
     files = videos_of(manifest)
     wanted = [name for name in (files if names is None else names) if name in files]
@@ -411,7 +419,8 @@ def _nodes(lineage: Mapping[str, Manifest]) -> list[LineageNode]:
     ]
 
 
-def _curve(store: Store, manifest: Manifest) -> LossCurve:
+def loss_curve(store: Store, manifest: Manifest) -> LossCurve:
+    """The logged losses of the run that made a checkpoint; none where the store has them no longer."""
     from vc2.train.metrics import read_metrics
 
     lines = read_metrics(store, manifest.stage, manifest.fingerprint)

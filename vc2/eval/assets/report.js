@@ -8,85 +8,89 @@
   let playing = !still, slow = false;
 
   // ---- videos ----
-  // Clips that belong together start together, and wait for the longest before they start again. A video of a large
-  // page is handed to the player when it comes near and taken back when it is far: players are few.
-  const seen = new Set(), lazy = new Map();
-  const groups = new Map();
-  for (const root of all("[data-together]")) {
-    const videos = all("video", root);
-    if (videos.length) groups.set(root, { root, videos });
-  }
-  const run = video => { const promise = video.play(); if (promise) promise.catch(() => {}); };
-  const restart = group => group.videos.forEach(video => { video.currentTime = 0; if (playing) run(video); });
-  const apply = group => group.videos.forEach(video => {
-    video.playbackRate = slow ? 0.5 : 1;
-    if (playing && seen.has(group.root)) { if (!video.ended) run(video); } else video.pause();
-  });
-  for (const group of groups.values()) {
-    for (const video of group.videos) {
-      video.controls = false;
-      if (video.preload === "none") {
-        lazy.set(video, video.getAttribute("src"));
-        video.removeAttribute("src");
-      }
-      if (group.videos.length === 1) continue;
-      video.loop = false;
-      video.addEventListener("ended", () => {
-        if (playing && group.videos.every(v => v.ended || v.error)) {
-          setTimeout(() => { if (playing && seen.has(group.root)) restart(group); }, 250);
-        }
-      });
-    }
-  }
-  const hand = (group, near) => group.videos.forEach(video => {
-    if (!lazy.has(video) || near === video.hasAttribute("src")) return;
-    video.preload = near ? "auto" : "none";
-    if (near) video.src = lazy.get(video); else { video.removeAttribute("src"); video.load(); }
-  });
-  const watcher = new IntersectionObserver(entries => {
-    for (const entry of entries) {
-      const group = groups.get(entry.target);
-      if (entry.isIntersecting) { seen.add(group.root); hand(group, true); apply(group); if (playing) restart(group); }
-      else { seen.delete(group.root); apply(group); hand(group, false); }
-    }
-  }, { rootMargin: AHEAD });
-  groups.forEach(group => watcher.observe(group.root));
-
   const controls = document.querySelector(".controls");
-  const [play, back, forth, half, crisp] = all("button", controls);
-  controls.hidden = groups.size === 0;
-  const show = () => {
-    play.textContent = playing ? "Pause" : "Play";
-    half.setAttribute("aria-pressed", slow);
-    crisp.setAttribute("aria-pressed", document.body.classList.contains("crisp"));
-    groups.forEach(apply);
-  };
-  const visible = () => [...groups.values()].filter(group => seen.has(group.root));
-  const toggle = () => {
-    playing = !playing;
+  if (controls) together(controls);
+
+  function together(controls) {
+    // Clips that belong together start together, and wait for the longest before they start again. A video of a large
+    // page is handed to the player when it comes near and taken back when it is far: players are few.
+    const seen = new Set(), lazy = new Map();
+    const groups = new Map();
+    for (const root of all("[data-together]")) {
+      const videos = all("video", root);
+      if (videos.length) groups.set(root, { root, videos });
+    }
+    const run = video => { const promise = video.play(); if (promise) promise.catch(() => {}); };
+    const restart = group => group.videos.forEach(video => { video.currentTime = 0; if (playing) run(video); });
+    const apply = group => group.videos.forEach(video => {
+      video.playbackRate = slow ? 0.5 : 1;
+      if (playing && seen.has(group.root)) { if (!video.ended) run(video); } else video.pause();
+    });
+    for (const group of groups.values()) {
+      for (const video of group.videos) {
+        video.controls = false;
+        if (video.preload === "none") {
+          lazy.set(video, video.getAttribute("src"));
+          video.removeAttribute("src");
+        }
+        if (group.videos.length === 1) continue;
+        video.loop = false;
+        video.addEventListener("ended", () => {
+          if (playing && group.videos.every(v => v.ended || v.error)) {
+            setTimeout(() => { if (playing && seen.has(group.root)) restart(group); }, 250);
+          }
+        });
+      }
+    }
+    const hand = (group, near) => group.videos.forEach(video => {
+      if (!lazy.has(video) || near === video.hasAttribute("src")) return;
+      video.preload = near ? "auto" : "none";
+      if (near) video.src = lazy.get(video); else { video.removeAttribute("src"); video.load(); }
+    });
+    const watcher = new IntersectionObserver(entries => {
+      for (const entry of entries) {
+        const group = groups.get(entry.target);
+        if (entry.isIntersecting) { seen.add(group.root); hand(group, true); apply(group); if (playing) restart(group); }
+        else { seen.delete(group.root); apply(group); hand(group, false); }
+      }
+    }, { rootMargin: AHEAD });
+    groups.forEach(group => watcher.observe(group.root));
+
+    const [play, back, forth, half, crisp] = all("button", controls);
+    controls.hidden = groups.size === 0;
+    const show = () => {
+      play.textContent = playing ? "Pause" : "Play";
+      half.setAttribute("aria-pressed", slow);
+      crisp.setAttribute("aria-pressed", document.body.classList.contains("crisp"));
+      groups.forEach(apply);
+    };
+    const visible = () => [...groups.values()].filter(group => seen.has(group.root));
+    const toggle = () => {
+      playing = !playing;
+      show();
+      if (playing) visible().filter(group => group.videos.every(v => v.ended)).forEach(restart);
+    };
+    const step = by => {
+      playing = false;
+      show();
+      visible().forEach(group => group.videos.forEach(video => {
+        const frame = 1 / (Number(video.dataset.fps) || 8), last = Math.max(0, Math.round((video.duration || 0) / frame) - 1);
+        const shown = Math.min(last, Math.floor(video.currentTime / frame + 0.001));
+        video.currentTime = (Math.min(last, Math.max(0, shown + by)) + 0.5) * frame;
+      }));
+    };
+    play.onclick = toggle;
+    back.onclick = () => step(-1);
+    forth.onclick = () => step(1);
+    half.onclick = () => { slow = !slow; show(); };
+    crisp.onclick = () => { document.body.classList.toggle("crisp"); show(); };
+    addEventListener("keydown", event => {
+      if (event.ctrlKey || event.metaKey || event.altKey || /^(input|textarea|select)$/i.test(event.target.tagName)) return;
+      const act = { k: toggle, ",": () => step(-1), ".": () => step(1) }[event.key];
+      if (act) act();
+    });
     show();
-    if (playing) visible().filter(group => group.videos.every(v => v.ended)).forEach(restart);
-  };
-  const step = by => {
-    playing = false;
-    show();
-    visible().forEach(group => group.videos.forEach(video => {
-      const frame = 1 / (Number(video.dataset.fps) || 8), last = Math.max(0, Math.round((video.duration || 0) / frame) - 1);
-      const shown = Math.min(last, Math.floor(video.currentTime / frame + 0.001));
-      video.currentTime = (Math.min(last, Math.max(0, shown + by)) + 0.5) * frame;
-    }));
-  };
-  play.onclick = toggle;
-  back.onclick = () => step(-1);
-  forth.onclick = () => step(1);
-  half.onclick = () => { slow = !slow; show(); };
-  crisp.onclick = () => { document.body.classList.toggle("crisp"); show(); };
-  addEventListener("keydown", event => {
-    if (event.ctrlKey || event.metaKey || event.altKey || /^(input|textarea|select)$/i.test(event.target.tagName)) return;
-    const act = { k: toggle, ",": () => step(-1), ".": () => step(1) }[event.key];
-    if (act) act();
-  });
-  show();
+  }
 
   // ---- the wall ----
   const form = document.querySelector("form.filters");
