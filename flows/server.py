@@ -1,7 +1,11 @@
 """A Prefect server and worker of our own: on loopback, with everything they write inside the work folder.
 
+    server     Prefect's server with its UI
+    files      pages and videos of the store beside it (`flows.files`), where the store is a folder
+    worker     starts flow runs
+
     <work>/prefect/             PREFECT_HOME: the server's database
-    <work>/prefect/stack.json   which processes are ours (pid and start time), their port and store
+    <work>/prefect/stack.json   which processes are ours (pid and start time), their ports and store
     <work>/prefect/lock         held while somebody starts or stops them, and for the whole of a demo
     <work>/logs/prefect-*.log   what they said
 
@@ -57,6 +61,9 @@ class Api:
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         return self._call("POST", path, body or {})
 
+    def put(self, path: str, body: Mapping[str, Any]) -> None:
+        self._call("PUT", path, body)
+
     def create(self, path: str, body: Mapping[str, Any]) -> None:
         """Create something unless it is there."""
         self._call("POST", path, body, absent=409)
@@ -101,13 +108,18 @@ class Api:
         return answer.json() if answer.content else None
 
 
-def environment(work: Path, store: str, port: int, *, tied: bool) -> dict[str, str]:
-    """Environment of everything that talks to our server: nothing of the caller's own Prefect settings gets in."""
+def environment(work: Path, store: str, port: int, *, tied: bool, files_url: str = "") -> dict[str, str]:
+    """Environment of everything that talks to our server: nothing of the caller's own Prefect settings gets in.
+
+    Args:
+        files_url: Where files of the store are served; empty: nowhere.
+    """
     settings = {
         "PREFECT_HOME": str(work / "prefect"),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",  # by default: anybody's
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -115,6 +127,8 @@ def environment(work: Path, store: str, port: int, *, tied: bool) -> dict[str, s
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "vc2",  # what our own modules and ranks say stands in the run's log
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a run without is a lost one (`flows.automations`)
         "PREFECT_LOGGING_COLORS": "false",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_CLI_PROMPT": "false",
@@ -125,6 +139,7 @@ def environment(work: Path, store: str, port: int, *, tied: bool) -> dict[str, s
         "VC2_WORK": str(work),
         "VC2_STORE": store,
         "VC2_STACK": str(work / "prefect"),
+        "VC2_FILES_URL": files_url,
         "VC2_TIED": "1" if tied else "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"])),
@@ -195,13 +210,14 @@ class Owned:
 
 @dataclass
 class Stack:
-    """The server and worker of a work folder."""
+    """The processes of a work folder."""
 
     work: Path
     store: str
     port: int
     tied: bool = False  #: whether all of it ends with this process
     owned: dict[str, Owned] = field(default_factory=dict)
+    files_port: int = 0  #: of the file server; 0: not chosen yet
 
     @classmethod
     def recorded(cls, work: Path) -> "Stack | None":
@@ -209,7 +225,7 @@ class Stack:
         try:
             record = json.loads((work / "prefect" / "stack.json").read_text())
             owned = {name: Owned(**facts) for name, facts in record["owned"].items()}
-            return cls(work, record["store"], record["port"], record["tied"], owned)
+            return cls(work, record["store"], record["port"], record["tied"], owned, record["files_port"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -222,45 +238,61 @@ class Stack:
         return f"http://{HOST}:{self.port}"
 
     @property
+    def files_url(self) -> str:
+        """Where files of the store are served; empty for a store that is no folder: its links are signed ones."""
+        return f"http://{HOST}:{self.files_port}" if self.files_port else ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The processes, in the order in which they start."""
+        return ("server", "worker") if _is_remote(self.store) else ("server", "files", "worker")
+
+    @property
     def environment(self) -> dict[str, str]:
-        settings = environment(self.work, self.store, self.port, tied=self.tied)
+        settings = environment(self.work, self.store, self.port, tied=self.tied, files_url=self.files_url)
         return settings | ({PARENT: str(os.getpid())} if self.tied else {})
+
+    def process(self, name: str) -> psutil.Process | None:
+        """A process of ours, or None if it does not run."""
+        return self.owned[name].process() if name in self.owned else None
 
     def ended(self) -> str | None:
         """The name of a process of ours that has ended, or None if all are there."""
-        for name in ("server", "worker"):
-            if name not in self.owned or self.owned[name].process() is None:
-                return name
-        return None
+        return next((name for name in self.names if self.process(name) is None), None)
 
     def is_up(self) -> bool:
         return self.ended() is None and self.api.is_healthy()
 
-    def start(self) -> None:
-        """Start what is not running: server, pool, queues, deployments, worker.
+    def start(self) -> list[str]:
+        """Start what is not running: server, file server, pool, queues, deployments, automations, worker.
+
+        Returns:
+            Names of the processes that were started.
 
         Raises:
-            StackError: If the port is taken, or a process ends early; with the end of its log.
+            StackError: If a port is taken, or a process ends early; with the end of its log.
         """
-        if not ("server" in self.owned and self.owned["server"].process() and self.api.is_healthy()):
-            if not is_free(self.port):
-                raise StackError(
-                    f"port {self.port} is in use by another program; choose another one with --port or VC2_PORT"
-                )
-            server = ("uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", HOST)
-            self._launch("server", *server, "--port", str(self.port), "--log-level", "warning")
-            self._wait_for_server()
+        missing = [name for name in self.names if self.process(name) is None]
+        if "server" in missing:
+            self._start_server()
+        self._wait_for_server()
         self._prepare()
-        if not ("worker" in self.owned and self.owned["worker"].process()):
-            self._settle_lost_runs()
+        if "files" in missing:
+            self._start_files()
+        if "worker" in missing:
+            if lost := self._lost_runs():
+                self._deploy()  # what puts lost runs back to work must hear of them
+                self._settle(lost)
             pool = ("--pool", POOL, "--type", "process", "--name", "local", "--install-policy", "never")
             self._launch("worker", "prefect", "worker", "start", *pool)
         self._deploy()
+        self._wait_for_files()
+        return missing
 
     def stop(self, grace: float = 10.0) -> None:
         """End worker, server and whatever else they left; asked first, then killed."""
-        for name in ("worker", "server"):
-            if name in self.owned and (process := self.owned[name].process()):
+        for name in reversed(self.names):
+            if process := self.process(name):
                 _end([process], grace)
         _end(self._left_behind(), grace)
         (self.work / "prefect" / "stack.json").unlink(missing_ok=True)
@@ -293,14 +325,37 @@ class Stack:
                 start_new_session=True,
             )
         self.owned[name] = Owned(process.pid, psutil.Process(process.pid).create_time())
-        record = {"port": self.port, "store": self.store, "tied": self.tied}
+        record = {"port": self.port, "files_port": self.files_port, "store": self.store, "tied": self.tied}
         owned = {name: {"pid": o.pid, "started": o.started} for name, o in self.owned.items()}
-        (self.work / "prefect" / "stack.json").write_text(json.dumps(record | {"owned": owned}, indent=1))
+        place = self.work / "prefect" / "stack.json"
+        place.with_suffix(".new").write_text(json.dumps(record | {"owned": owned}, indent=1))
+        place.with_suffix(".new").replace(place)
+
+    def _start_server(self) -> None:
+        if not is_free(self.port):
+            raise StackError(
+                f"port {self.port} is in use by another program; choose another one with --port or VC2_PORT"
+            )
+        server = ("uvicorn", "--factory", "flows.api:create_app", "--host", HOST)
+        self._launch("server", *server, "--port", str(self.port), "--log-level", "warning")
+
+    def _start_files(self) -> None:
+        """Start the file server, on the port that links name already, or on the one beside the server's."""
+        if not self.files_port:
+            beside = self.port + 1
+            self.files_port = beside if beside < 65536 and is_free(beside) else free_port()
+        elif not is_free(self.files_port):
+            raise StackError(
+                f"port {self.files_port}, which served the files, is in use by another program; start all anew: "
+                "python -m flows.stack down, then up"
+            )
+        folder = self.store.removeprefix("file://")
+        self._launch("files", "flows.files", "--store", folder, "--port", str(self.files_port))
 
     def _wait_for_server(self) -> None:
         api, until = self.api, time.monotonic() + START_LIMIT
         while not api.is_healthy():
-            if self.owned["server"].process() is None:
+            if self.process("server") is None:
                 raise StackError(
                     f"the Prefect server ended at once (log: {self.log('server')}):\n{self.tail('server')}"
                 )
@@ -308,24 +363,42 @@ class Stack:
                 raise StackError(f"the Prefect server is not up after {START_LIMIT:.0f} s (log: {self.log('server')})")
             time.sleep(0.1)
 
+    def _wait_for_files(self) -> None:
+        until = time.monotonic() + START_LIMIT
+        while "files" in self.names and is_free(self.files_port):
+            if self.process("files") is None or time.monotonic() > until:
+                raise StackError(f"the file server is not up (log: {self.log('files')}):\n{self.tail('files')}")
+            time.sleep(0.1)
+
     def _prepare(self) -> None:
         self.api.create("/work_pools/", {"name": POOL, "type": "process", "base_job_template": {}})
         for queue in QUEUES:
             self.api.create(f"/work_pools/{POOL}/queues", {"name": queue})
 
-    def _settle_lost_runs(self) -> None:
-        """Runs of an earlier worker that nobody works on any more: say so, which also frees their concurrency slots."""
+    def _lost_runs(self) -> list[dict[str, Any]]:
+        """Unfinished runs that nobody works on, those of stages before those that drive them.
+
+        A run that is suspended at a gate has no process and is not lost; nor is one that waits for its time.
+        """
         working = set(_environments("PREFECT__FLOW_RUN_ID"))
-        for run in self.api.flow_runs(state={"type": {"any_": list(UNFINISHED)}}):
-            if run["id"] in working:
-                continue
-            if run["state_type"] != "SCHEDULED":
-                self.api.set_state(run["id"], "CRASHED", "Crashed", "The process that ran it is gone.")
-            elif self.tied or run["parent_task_run_id"]:
+        found = self.api.flow_runs(state={"type": {"any_": list(UNFINISHED)}})
+        lost = [run for run in found if run["id"] not in working and (self.tied or _needs_process(run))]
+        return sorted(lost, key=lambda run: run["parent_task_run_id"] is None)
+
+    def _settle(self, lost: list[dict[str, Any]]) -> None:
+        """Say that nobody works on these runs any more, which also frees their concurrency slots.
+
+        What a stack that stays was doing has crashed, and is put back to work as any crashed run is. A stack that ends
+        with its demo takes nothing up again; nor may stages start without the driver that asked for them.
+        """
+        for run in lost:
+            if self.tied or run["state_type"] == "SCHEDULED":
                 self.api.set_state(run["id"], "CANCELLED", "Cancelled", "Left over from an earlier stack.")
+            else:
+                self.api.set_state(run["id"], "CRASHED", "Crashed", "The process that ran it is gone.")
 
     def _deploy(self) -> None:
-        """Deploy prefect.yaml, unless the server already has exactly that."""
+        """Deploy prefect.yaml and the automations, unless the server already has exactly that."""
         stamp, wanted = self.work / "prefect" / "deployed", _deployment_digest()
         known = self.api.get("/deployments/name/vc2/full-pipeline") is not None
         if known and stamp.is_file() and stamp.read_text() == wanted:
@@ -333,12 +406,32 @@ class Stack:
         done = self.prefect("--no-prompt", "deploy", "--all")
         if done.returncode:
             raise StackError(f"prefect deploy --all failed:\n{(done.stdout + done.stderr)[-2000:]}")
+        _register_automations(self.api)
         stamp.write_text(wanted)
 
     def _left_behind(self) -> list[psutil.Process]:
         marked = _environments("VC2_STACK", str(self.work / "prefect"))
         family = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         return [process for process in marked.values() if process.pid not in family]
+
+
+def _is_remote(store: str) -> bool:
+    return "://" in store and not store.startswith("file://")
+
+
+def _needs_process(run: Mapping[str, Any]) -> bool:
+    """Whether an unfinished run cannot go on unless a process works on it."""
+    if run["state_type"] == "SCHEDULED":
+        return run["parent_task_run_id"] is not None
+    return run["state_name"] != "Suspended"
+
+
+def _register_automations(api: Api) -> None:
+    try:
+        from flows.automations import register
+    except ModuleNotFoundError:
+        return
+    register(api)
 
 
 def _environments(name: str, value: str | None = None) -> Any:

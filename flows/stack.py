@@ -1,4 +1,4 @@
-"""The Prefect server, worker and deployments of a work folder: `python -m flows.stack up|down|status|serve|demo`.
+"""The Prefect server, file server, worker and deployments of a work folder: `python -m flows.stack COMMAND`.
 
     up       start what is not running, deploy prefect.yaml, leave it all up (`make stack`)
     down     end what `up` started
@@ -17,10 +17,11 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from flows.follow import FINAL, follow
 from flows.server import ROOT, Stack, StackError, free_port, held_lock, is_free
@@ -49,11 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
 def up(options: argparse.Namespace) -> int:
     with held_lock(options.work):
         stack = _standing(options) or _new(options, tied=False)
-        stack.start()
+        started = stack.start()
         shell = options.work / "prefect" / "env"
         settings = stack.environment
         shell.write_text("".join(f"export {name}={shlex.quote(settings[name])}\n" for name in EXPORTED))
-    print(f"Prefect: {stack.url}   store: {stack.store}   logs: {stack.log('server').parent}")
+    there = [name for name in stack.names if name not in started]
+    print(
+        "; ".join(f"{what}: {', '.join(names)}" for what, names in (("running", there), ("started", started)) if names)
+    )
+    print("\n".join(_places(stack)))
     print(f"Run the pipeline:\n  source {shell}\n  prefect deployment run vc2/full-pipeline")
     return 0
 
@@ -74,17 +79,21 @@ def status(options: argparse.Namespace) -> int:
     if stack is None:
         print(f"nothing runs in {options.work}")
         return 1
-    for name in ("server", "worker"):
-        process = stack.owned[name].process() if name in stack.owned else None
-        print(f"{name}: {f'pid {process.pid}' if process else 'not running'}   log: {stack.log(name)}")
-    healthy = stack.is_up()
-    print(f"{stack.url}: {'healthy' if healthy else 'no answer'}   store: {stack.store}")
-    return 0 if healthy else 1
+    for name in stack.names:
+        process = stack.process(name)
+        print(f"{name:8} {f'pid {process.pid}' if process else 'not running'}   log: {stack.log(name)}")
+    print("\n".join(_places(stack)))
+    healthy, missing = stack.api.is_healthy(), stack.ended()
+    if not healthy:
+        print(f"the Prefect server at {stack.url} does not answer")
+    if missing:
+        print("`make stack` starts what is not running")
+    return 0 if healthy and not missing else 1
 
 
 def serve(options: argparse.Namespace) -> int:
     with held_lock(options.work), _tied_stack(options) as stack:
-        print(f"Prefect: {stack.url}   store: {stack.store}   (Ctrl-C ends it)", flush=True)
+        print("\n".join((*_places(stack), "(Ctrl-C ends it)")), flush=True)
         while True:
             _check(stack)
             time.sleep(1)
@@ -97,15 +106,25 @@ def demo(options: argparse.Namespace) -> int:
         _say("$ " + shlex.join(["prefect", "deployment", "run", "vc2/full-pipeline", *options.arguments]))
         run = _submit(stack, options.arguments)
         try:
-            outcome = follow(stack.api, run, lambda: _check(stack))
+            outcome = follow(stack.api, run, lambda: _check(stack), ui=stack.url)
         except KeyboardInterrupt:
             _cancel(stack, run)
             raise
         if outcome.state != "COMPLETED":
             raise StackError(f"the run ended {outcome.state.lower()}: {outcome.message} (logs: {stack.work / 'logs'})")
+        for name, link in _lasting(stack, outcome.links):
+            _say(f"{name}: {link}")
     _say(f"done in {time.monotonic() - started:.0f} s")
     print(outcome.result)
     return 0
+
+
+def _lasting(stack: Stack, links: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Links that work after this process: the file server of a demo ends with it, the files stay."""
+    for name, link in links.items():
+        place = link.removeprefix(f"{stack.files_url}/")
+        is_served = stack.files_url and place != link
+        yield name, (Path(stack.store, unquote(place)).as_uri() if stack.tied and is_served else link)
 
 
 @contextmanager
@@ -168,9 +187,19 @@ def _submit(stack: Stack, arguments: list[str]) -> str:
     return found[1]
 
 
+def _places(stack: Stack) -> Iterator[str]:
+    """Where to look."""
+    yield f"Prefect  {stack.url}"
+    yield f"store    {stack.store}"
+    if stack.files_url:
+        yield f"files    {stack.files_url}"
+    yield f"logs     {stack.log('server').parent}"
+
+
 def _check(stack: Stack) -> None:
     if name := stack.ended():
-        raise StackError(f"the Prefect {name} ended (log: {stack.log(name)}); run it again, it goes on from there")
+        what = "file server" if name == "files" else f"Prefect {name}"
+        raise StackError(f"the {what} ended (log: {stack.log(name)}); run it again, it goes on from there")
 
 
 def _cancel(stack: Stack, run: str, patience: float = 30.0) -> None:

@@ -5,13 +5,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import url2pathname
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vc2.errors import ShardCorrupted, StoreError
-from vc2.storage import LocalStore, Store, file_digest, open_store
+from vc2.storage import LINK_SECONDS, LocalStore, Store, file_digest, media_type, open_store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -173,3 +176,31 @@ def test_an_answer_that_breaks_off_is_asked_for_again(
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize("key", ["pages/report.html", "a b/ü&c#1.mp4"])
+def test_a_link_opens_what_it_names(any_store: Store, key: str) -> None:
+    """Whoever has it needs nothing else: no credentials, and the browser is told what it is."""
+    any_store.write(key, b"what is there")
+    link = any_store.link(key)
+    if link.startswith("file://"):
+        assert Path(url2pathname(urlsplit(link).path)).read_bytes() == b"what is there"
+        return
+    answer = httpx.get(link, trust_env=False)
+    assert (answer.status_code, answer.content) == (200, b"what is there")
+    assert answer.headers["content-type"] == media_type(key)
+
+
+@pytest.mark.s3
+def test_a_link_is_signed_for_its_time(s3_uri: str) -> None:
+    """By the fourth version, the one that every region takes."""
+    store = open_store(s3_uri)
+    asked = parse_qs(urlsplit(store.link("a.html", 60)).query)
+    assert asked["X-Amz-Expires"] == ["60"]
+    assert asked["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
+    assert parse_qs(urlsplit(store.link("a.html")).query)["X-Amz-Expires"] == [str(LINK_SECONDS)]
+
+
+def test_a_link_stays_in_the_store(any_store: Store) -> None:
+    with pytest.raises(StoreError, match="no key"):
+        any_store.link("../other")

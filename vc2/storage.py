@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from vc2.errors import ShardCorrupted, StoreError
 
 __all__ = [
+    "LINK_SECONDS",
+    "MEDIA_TYPES",
     "Entry",
     "FileDigest",
     "LocalStore",
@@ -31,13 +33,32 @@ __all__ = [
     "file_digest",
     "join_uri",
     "located",
+    "media_type",
     "open_store",
     "write_pieces",
 ]
 
 CHUNK = 8 * 2**20  # bytes held in memory at a time by file transfers
+#: Of the files that people look at; `mimetypes` would ask the machine, which may know others.
+MEDIA_TYPES = {
+    ".csv": "text/csv; charset=utf-8",
+    ".gif": "image/gif",
+    ".html": "text/html; charset=utf-8",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".json": "application/json",
+    ".jsonl": "text/plain; charset=utf-8",
+    ".log": "text/plain; charset=utf-8",
+    ".md": "text/plain; charset=utf-8",
+    ".mp4": "video/mp4",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+    ".webp": "image/webp",
+}
 READS = 4  # attempts at an answer of S3 that breaks off
 READ_PAUSE = 0.2  # seconds after the first
+LINK_SECONDS = 7 * 24 * 3600  # the longest that a signature of S3 is good for
 SWEEP_AFTER = 24 * 3600  # seconds after which a temporary file of a dead writer is removed
 
 
@@ -120,6 +141,11 @@ def join_uri(root: str, key: str) -> str:
     return f"{root.rstrip('/')}/{key}"
 
 
+def media_type(key: str) -> str:
+    """What a browser is told that a file is, by its name; of names that say nothing, bytes."""
+    return MEDIA_TYPES.get(PurePosixPath(key).suffix.lower(), "application/octet-stream")
+
+
 class Store(Protocol):
     """Where artifacts are kept."""
 
@@ -171,6 +197,10 @@ class Store(Protocol):
 
     def check(self) -> None:
         """Raise `StoreError` unless this store can be written and keeps the promise of `write_if_absent`."""
+        ...
+
+    def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
+        """A link that opens an object in a browser; of a bucket for so many seconds, for whoever has it."""
         ...
 
 
@@ -309,6 +339,9 @@ class LocalStore:
     def check(self) -> None:
         _check_commits(self)
 
+    def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
+        return self._path(key).as_uri()
+
     def _path(self, key: str) -> Path:
         return self.root / _checked_key(key)
 
@@ -438,6 +471,7 @@ class S3Store:
                 connect_timeout=min(10, patience),
                 read_timeout=patience,
                 tcp_keepalive=True,
+                signature_version="s3v4",  # of links; left to itself boto3 signs them in a way that few still take
                 # Servers other than AWS answer ranged reads with the checksum of the whole object.
                 response_checksum_validation="when_required",
             ),
@@ -509,9 +543,10 @@ class S3Store:
         return Entry(key, facts["ContentLength"], facts["LastModified"].timestamp(), facts["ETag"].strip('"'))
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._name(prefix))
+        asked = {"Bucket": self.bucket, "Prefix": self._name(prefix)}
+        pages = iter(self._client.get_paginator("list_objects_v2").paginate(**asked))
         start = len(self.prefix) + 1 if self.prefix else 0
-        for page in self._call(prefix, lambda _: [*pages]):
+        while (page := self._call(prefix, lambda _: next(pages, None))) is not None:  # who stops early asks no more
             for item in page.get("Contents", ()):
                 yield Entry(
                     item["Key"][start:], item["Size"], item["LastModified"].timestamp(), item["ETag"].strip('"')
@@ -528,6 +563,16 @@ class S3Store:
 
     def check(self) -> None:
         _check_commits(self)
+
+    def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
+        # The media type is asked for, since objects are stored without one: a browser would save a page, not show it.
+        asked = {"ResponseContentType": media_type(key), "ResponseContentDisposition": "inline"}
+        return self._call(
+            key,
+            lambda name: self._client.generate_presigned_url(
+                "get_object", Params={"Bucket": self.bucket, "Key": name, **asked}, ExpiresIn=seconds
+            ),
+        )
 
     def _get(self, name: str, **asked: str) -> bytes:
         """The content of an object. boto3 asks again where no answer comes, not where one breaks off: we do. Nothing

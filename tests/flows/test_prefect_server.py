@@ -1,13 +1,21 @@
-"""What our server is told, and how its processes are told from others."""
+"""What our server is told, how its processes are told from others, and a stack that stays up: started twice, with parts
+of it killed, ended twice."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from flows.follow import Row, _Lines
-from flows.server import Owned, Stack, StackError, environment, free_port, held_lock
+from flows.server import ROOT, Owned, Stack, StackError, _needs_process, environment, free_port, held_lock
+from tests.flows.stacks import TINY_WORLD, Running, processes_of, wait_until
+from vc2.storage import LocalStore
 
 
 def test_the_callers_own_prefect_stays_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -20,6 +28,23 @@ def test_the_callers_own_prefect_stays_out(monkeypatch: pytest.MonkeyPatch, tmp_
     assert settings["PREFECT_HOME"].startswith(str(tmp_path))
     assert settings["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert settings["DO_NOT_TRACK"] == "1"
+    assert settings["VC2_FILES_URL"] == "", "nothing is served where nobody said so"
+
+
+def test_what_ranks_say_reaches_the_log_of_the_run(tmp_path: Path) -> None:
+    """Prefect is given the loggers of vc2, and they let through what is no warning."""
+    program = """
+import logging
+import flows.train
+from prefect.logging.configuration import setup_logging
+setup_logging()
+setup_logging()
+assert logging.getLogger("vc2.ranks").isEnabledFor(logging.INFO)
+assert [type(handler).__name__ for handler in logging.getLogger("vc2").handlers] == ["APILogHandler"]
+"""
+    settings = environment(tmp_path, str(tmp_path / "store"), free_port(), tied=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_pid_that_was_used_again_is_not_ours() -> None:
@@ -53,3 +78,180 @@ def test_a_line_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     for state in ("waiting", "running", "running", "done"):
         show([Row("shard/webvid", state, seconds=3.0)], False)
     assert capsys.readouterr().err.splitlines() == ["shard/webvid: running", "shard/webvid: done in 3 s"]
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "parent", "needs"),
+    [
+        ("RUNNING", "Running", None, True),
+        ("PENDING", "Pending", "task", True),
+        ("PAUSED", "Suspended", None, False),
+        ("PAUSED", "Paused", None, True),
+        ("SCHEDULED", "Scheduled", None, False),
+        ("SCHEDULED", "Scheduled", "task", True),
+    ],
+)
+def test_some_runs_wait_without_a_process(state: str, name: str, parent: str | None, needs: bool) -> None:
+    """Those at a gate, and those whose time has not come; a stage's run is nothing without its driver."""
+    assert _needs_process({"state_type": state, "state_name": name, "parent_task_run_id": parent}) is needs
+
+
+@pytest.mark.parametrize(
+    ("store", "names"),
+    [
+        ("/data/store", ("server", "files", "worker")),
+        ("file:///data/store", ("server", "files", "worker")),
+        ("s3://bucket/prefix", ("server", "worker")),
+    ],
+)
+def test_files_are_served_of_a_folder_alone(tmp_path: Path, store: str, names: tuple[str, ...]) -> None:
+    """Links to a bucket are signed."""
+    assert Stack(tmp_path, store, 4711).names == names
+
+
+# ---- a stack that stays up ----
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """What `make stack` leaves: processes that are not tied to whoever started them."""
+    work = tmp_path_factory.mktemp("stack")
+    done = command(work, "up", "--port", str(free_port()))
+    try:
+        assert done.stdout.startswith("started: server, files, worker\n"), done.stdout + done.stderr
+        stack = Stack.recorded(work)
+        assert stack is not None
+        yield stack
+    finally:
+        command(work, "down")
+        assert processes_of(work) == []
+
+
+def command(work: Path, name: str, *more: str) -> "subprocess.CompletedProcess[str]":
+    """`python -m flows.stack NAME` in a work folder."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VC2_")}
+    arguments = [sys.executable, "-m", "flows.stack", name, "--work", str(work), *more]
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def pids(stack: Stack) -> dict[str, int]:
+    found = Stack.recorded(stack.work)
+    assert found is not None
+    return {name: owned.pid for name, owned in found.owned.items()}
+
+
+def test_started_twice_it_says_what_runs_and_changes_nothing(standing: Stack) -> None:
+    before, deployed = pids(standing), standing.api.get("/deployments/name/vc2/full-pipeline")
+    done = command(standing.work, "up")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("running: server, files, worker\n")
+    assert "started" not in done.stdout
+    assert standing.url in done.stdout and standing.files_url in done.stdout
+    assert pids(standing) == before
+    assert standing.api.get("/deployments/name/vc2/full-pipeline")["updated"] == deployed["updated"]
+    assert command(standing.work, "status").returncode == 0
+
+
+def test_all_of_it_listens_on_loopback_alone(standing: Stack) -> None:
+    """Whatever port a process of the stack opens, nobody outside of this machine can reach it."""
+    listening = {}
+    for process in processes_of(standing.work):
+        for one in process.net_connections():
+            if one.status == psutil.CONN_LISTEN:
+                listening[one.laddr.port] = one.laddr.ip
+    assert set(listening.values()) <= {"127.0.0.1", "::1"}, listening
+    assert {standing.port, standing.files_port} <= set(listening)
+
+
+def test_a_page_of_somebody_else_cannot_talk_to_the_server(standing: Stack) -> None:
+    """Neither under its own name nor under one that it made point here."""
+    with httpx.Client(base_url=standing.url, trust_env=False) as client:
+        for path in ("/", "/api/health", "/api/admin/version"):
+            assert client.get(path, headers={"Host": "evil.example"}).status_code == 400
+            assert client.get(path, headers={"Host": "localhost:1234"}).status_code == 200
+        for origin, allowed in (("http://evil.example", None), (standing.url, standing.url)):
+            answer = client.get("/api/health", headers={"Origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_a_stage_run_by_hand_shows_what_it_made(standing: Stack) -> None:
+    """Progress, statistics, rejects, pages that open, and the asset: all are there, and lead somewhere."""
+    running = Running(standing.work, standing.port, None)  # type: ignore[arg-type]
+    run = running.submit("shard/webvid", overrides={"world": TINY_WORLD})
+    ended = running.ended(run)
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    asked = {"artifacts": {"flow_run_id": {"any_": [run]}}}
+    shown = {item["key"]: item for item in standing.api.post("/artifacts/filter", asked) if item["key"]}
+    assert {"shard-webvid", "shard-webvid-rejects", "shard-webvid-rates"} <= set(shown), set(shown)
+    assert shown["shard-webvid-webvid-shards"]["data"] == 100
+    assert "shards, " in shown["shard-webvid-webvid-shards"]["description"]
+    for name in ("contact-sheet", "lineage"):
+        link = shown[f"shard-webvid-{name}"]["data"].partition("](")[2].removesuffix(")")
+        assert link.startswith(standing.files_url)
+        answer = httpx.get(link, trust_env=False)
+        assert answer.status_code == 200 and answer.text.startswith("<!doctype html>")
+    assert "contact sheet" in httpx.get(standing.files_url, trust_env=False).text
+
+    (prefix,) = (entry.key.rpartition("/")[0] for entry in LocalStore(standing.work / "store").list("shards/webvid/")
+                 if entry.key.endswith("/manifest.json"))  # fmt: skip
+    event = wait_until(lambda: asset_events(standing, "prefect.asset.materialization"), "no asset", seconds=60)[0]
+    assert event["event"] == "prefect.asset.materialization.succeeded"
+    assert event["resource"]["prefect.resource.id"] == f"file://{standing.work}/store/{prefix}"
+    assert event["resource"]["prefect.asset.url"].startswith(standing.files_url)
+    assert event["payload"]["rows"] == TINY_WORLD["num_videos"]
+    assert f"prefect.flow-run.{run}" in {related["prefect.resource.id"] for related in event["related"]}
+
+
+def asset_events(stack: Stack, prefix: str) -> list[dict[str, Any]]:
+    asked = {"filter": {"event": {"prefix": [prefix]}}, "limit": 20}
+    return stack.api.post("/events/filter", asked)["events"]
+
+
+def test_what_was_killed_is_started_and_nothing_else(standing: Stack) -> None:
+    """And runs whose process is gone are told so, but not those that wait for an approval."""
+    kill(standing, "files", "worker")
+    assert command(standing.work, "status").returncode == 1
+    found = standing.api.get("/deployments/name/shard/webvid")["id"]
+    lost, waiting, child = (
+        standing.api.post(f"/deployments/{found}/create_flow_run", {"parameters": {}})["id"] for _ in range(3)
+    )
+    standing.api.set_state(lost, "RUNNING", "Running", "")
+    standing.api.set_state(waiting, "PAUSED", "Suspended", "")
+    standing.api.set_state(child, "CANCELLED", "Cancelled", "")
+    before, files_url = pids(standing), standing.files_url
+    done = command(standing.work, "up")
+    assert done.stdout.startswith("running: server; started: files, worker\n"), done.stdout + done.stderr
+    after = pids(standing)
+    assert before["server"] == after["server"] and before["files"] != after["files"]
+    assert f"files    {files_url}" in done.stdout, "links that were given still lead there"
+    states = standing.api.get(f"/flow_run_states/?flow_run_id={lost}")
+    assert "The process that ran it is gone." in [state["message"] for state in states]
+    assert standing.api.get(f"/flow_runs/{waiting}")["state_name"] == "Suspended"
+    for run in (lost, waiting):
+        standing.api.set_state(run, "CANCELLED", "Cancelled", "")
+
+    recorded = Stack.recorded(standing.work)
+    assert recorded is not None
+    standing.owned = recorded.owned
+    kill(standing, "server")
+    done = command(standing.work, "up")
+    assert done.stdout.startswith("running: files, worker; started: server\n"), done.stdout + done.stderr
+    standing.owned = Stack.recorded(standing.work).owned  # type: ignore[union-attr]
+    assert standing.is_up()
+
+
+def kill(stack: Stack, *names: str) -> None:
+    for name in names:
+        process = stack.process(name)
+        assert process is not None
+        process.kill()
+    wait_until(lambda: all(stack.process(name) is None for name in names), f"{names} are there", seconds=20)
+
+
+def test_ended_twice_it_has_ended(standing: Stack) -> None:
+    """The last test of this file, since it ends the stack of all the others."""
+    done = command(standing.work, "down")
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+    assert processes_of(standing.work) == []
+    done = command(standing.work, "down")
+    assert (done.returncode, done.stdout) == (0, f"nothing runs in {standing.work}\n"), done.stderr
