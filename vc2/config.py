@@ -3,18 +3,29 @@
 A field is either part of what is asked for, or a *knob*: something that changes how the work is done and never its
 result (workers, intervals, paths). Knobs are declared with `knob(...)` and stay out of `identity()`, hence out of every
 fingerprint.
+
+What a field means is said once, in its description or in the comment beside it; forms show either.
+
+Secrets are no part of a configuration: it is kept in manifests, and shown. A URL with a user or a password in it is
+refused, by the model and by the schema that forms and deployments are checked with.
 """
 
+import ast
 import hashlib
+import inspect
+import io
 import json
+import re
 import reprlib
+import sys
+import tokenize
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Self, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, create_model
 
 from vc2.errors import ConfigError
 
@@ -36,10 +47,36 @@ def knob(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"knob": True}, **kwargs)
 
 
+CREDENTIALS = r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*@"  # how a URL begins that holds some
+
+
 class Config(BaseModel):
     """Base of all configurations."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+    described_by: ClassVar[type["Config"] | None] = None  # the model whose fields are meant, if they are another's
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema that forms are made of: a field without a description gets the comment beside it."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        model = cls.described_by or cls
+        for name, field in properties.items():
+            if "description" not in field and (said := _said_of(model, name)):
+                field["description"] = said
+            for text in _texts(field):
+                text.setdefault("pattern", f"^(?!{CREDENTIALS})")
+        return schema
+
+    def model_post_init(self, context: Any, /) -> None:
+        for name, value in self.__dict__.items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and "@" in text and re.match(CREDENTIALS, text):
+                    raise ValueError(
+                        f"{name} is a URL with a user or a password, which would be stored and shown; leave them out, "
+                        "or use s3://, whose credentials come from the environment"
+                    )
 
     def evolve(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
@@ -52,6 +89,46 @@ class Config(BaseModel):
             for name, field in type(self).model_fields.items()
             if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("knob"))
         }
+
+
+def _texts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a field's schema that stand for free text."""
+    if schema.get("type") == "string" and not {"enum", "const", "format"} & set(schema):
+        yield schema
+    for part in schema.get("anyOf", ()):
+        yield from _texts(part)
+    if isinstance(schema.get("items"), dict):
+        yield from _texts(schema["items"])
+
+
+def _said_of(model: type[Config], name: str) -> str:
+    """The comment beside a field, else the first line of what its own model says of itself."""
+    for owner in model.__mro__:
+        if said := _comments(owner.__module__).get((owner.__name__, name)):
+            return said[0].upper() + said[1:]
+    field = model.model_fields.get(name)
+    for part in (field.annotation, *typing.get_args(field.annotation)) if field else ():
+        if isinstance(part, type) and issubclass(part, Config) and part.__doc__:
+            return part.__doc__.strip().splitlines()[0]
+    return ""
+
+
+@cache
+def _comments(module: str) -> dict[tuple[str, str], str]:
+    """Comments at the end of the fields of a module's classes: (class, field) -> comment."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):
+        return {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {token.start[0]: token.string.lstrip("#: ") for token in tokens if token.type == tokenize.COMMENT}
+    return {
+        (owner.name, line.target.id): lines[line.end_lineno]
+        for owner in ast.walk(ast.parse(source))
+        if isinstance(owner, ast.ClassDef)
+        for line in owner.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.end_lineno in lines
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -83,6 +160,7 @@ def overrides_of(model: type[Config]) -> type[Config]:
             annotation = Annotated[annotation, limit]
         fields[name] = (Union[annotation, None], Field(None, description=field.description))  # noqa: UP007
     overrides = create_model(f"{model.__name__}Overrides", __base__=Config, **fields)
+    overrides.described_by = model
     overrides.__doc__ = f"Settings of {model.__name__} to change; what is left empty keeps the recipe's value."
     return overrides
 

@@ -21,7 +21,7 @@ __all__ = [
 class WorldConfig(Config):
     """A world of raw sources in the real formats, with known truth. Same config, same bytes."""
 
-    seed: int = 2024
+    seed: int = Field(default=2024, ge=0)  # another number, another world
     num_videos: int = Field(default=240, ge=16)  # rows of the WebVid CSV, planted bad ones included
     num_web_images: int = Field(default=300, ge=24)  # rows of the LAION-COCO Parquet parts, likewise
     num_jdb_images: int = Field(default=400, ge=16)  # pictures in the JourneyDB archives, likewise

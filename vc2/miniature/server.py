@@ -1,4 +1,4 @@
-"""The web of the miniature world: real HTTP/1.1 on loopback, with the faults of the real web.
+"""The web of the miniature world: real HTTP/1.1 with the faults of the real web; on loopback, unless a cluster works.
 
 Paths answer whatever the host name in the request, so a fetcher connects both made-up hosts to this one address.
 
@@ -28,15 +28,18 @@ _SAFE = re.compile(r"/(?:videos/[\w-]+/)?[\w-]+\.(?:jpg|mp4)")
 
 
 @contextlib.contextmanager
-def serve(world_root: Path, *, hang_seconds: float = 30.0, slow_seconds: float = 0.2) -> Iterator[str]:
-    """Serve a world on loopback while the context lasts; gives "127.0.0.1:port". Ends at once, whatever still hangs."""
-    server = _Server(Path(world_root), hang_seconds, slow_seconds)
+def serve(
+    world_root: Path, *, host: str = "127.0.0.1", hang_seconds: float = 30.0, slow_seconds: float = 0.2
+) -> Iterator[str]:
+    """Serve a world while the context lasts, on loopback or where machines of a cluster reach it; gives "host:port".
+    Ends at once, whatever still hangs."""
+    server = _Server(Path(world_root), host, hang_seconds, slow_seconds)
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="miniature web", daemon=True
     )
     thread.start()
     try:
-        yield f"127.0.0.1:{server.server_port}"
+        yield f"{host}:{server.server_port}"
     finally:
         server.closing.set()
         server.shutdown()
@@ -49,8 +52,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, root: Path, hang_seconds: float, slow_seconds: float) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, root: Path, host: str, hang_seconds: float, slow_seconds: float) -> None:
+        super().__init__((host, 0), _Handler)
         self.root = root
         self.answers: dict[str, str] = json.loads((root / "laion" / "answers.json").read_text())
         self.hang_seconds = hang_seconds

@@ -29,7 +29,7 @@ class UNetConfig(Config):
     """Shape of the denoising network."""
 
     in_channels: int = Field(4, gt=0)  # latent channels of the autoencoder
-    out_channels: int = Field(4, gt=0)
+    out_channels: int = Field(4, gt=0)  # channels of the prediction: as many as the latents have
     model_channels: int = Field(320, gt=0)  # width of the first level
     channel_mult: tuple[int, ...] = Field((1, 2, 4, 4), min_length=1)  # width of each level, in model_channels
     num_res_blocks: int = Field(2, gt=0)  # residual blocks per level on the way down; one more on the way up
@@ -82,9 +82,9 @@ class UNetConfig(Config):
 class ScheduleConfig(Config):
     """Forward diffusion: the noise levels, and the signal scaling of the 512 model."""
 
-    num_timesteps: int = Field(1000, gt=1)
+    num_timesteps: int = Field(1000, gt=1)  # diffusion steps from clean to noise
     beta_start: float = Field(0.00085, gt=0, lt=1)  # the roots of the betas rise linearly
-    beta_end: float = Field(0.012, gt=0, lt=1)
+    beta_end: float = Field(0.012, gt=0, lt=1)  # of the last step
     signal_scaling: bool = True  # damp the clean signal at high timesteps, in noising and in sampling
     signal_floor: float = Field(0.7, gt=0, le=1)  # the damping from timestep `signal_knee` on
     signal_knee: int = Field(400, gt=1)  # timesteps over which the damping falls from 1 to the floor
@@ -93,12 +93,12 @@ class ScheduleConfig(Config):
 class AutoencoderConfig(Config):
     """Shape of the KL autoencoder; defaults are Stable Diffusion's."""
 
-    in_channels: int = Field(3, gt=0)
-    out_channels: int = Field(3, gt=0)
-    latent_channels: int = Field(4, gt=0)
-    block_out_channels: tuple[int, ...] = Field((128, 256, 512, 512), min_length=1)
-    layers_per_block: int = Field(2, gt=0)
-    norm_groups: int = Field(32, gt=0)
+    in_channels: int = Field(3, gt=0)  # of the pictures that are encoded
+    out_channels: int = Field(3, gt=0)  # of the pictures that are decoded
+    latent_channels: int = Field(4, gt=0)  # of the latents
+    block_out_channels: tuple[int, ...] = Field((128, 256, 512, 512), min_length=1)  # width of each level
+    layers_per_block: int = Field(2, gt=0)  # residual blocks per level
+    norm_groups: int = Field(32, gt=0)  # groups of every group normalisation
     scaling_factor: float = Field(0.18215, gt=0)  # brings latents to about unit variance
 
     @property
@@ -110,13 +110,13 @@ class AutoencoderConfig(Config):
 class TextConfig(Config):
     """Shape of the text tower; defaults are OpenCLIP ViT-H/14."""
 
-    width: int = Field(1024, gt=0)
-    heads: int = Field(16, gt=0)
+    width: int = Field(1024, gt=0)  # of the tokens
+    heads: int = Field(16, gt=0)  # of every attention
     layers: int = Field(24, gt=0)  # layers the weights have
     layers_used: int = Field(23, gt=0)  # layers run before the final norm
-    context_length: int = Field(77, gt=2)
-    vocab_size: int = Field(49408, gt=0)
-    seed: int | None = None  # a number: a seeded random tower instead of trained weights
+    context_length: int = Field(77, gt=2)  # tokens of a caption, its start and end included
+    vocab_size: int = Field(49408, gt=0)  # tokens that there are
+    seed: int | None = Field(None, ge=0)  # a number: a seeded random tower instead of trained weights
 
     @model_validator(mode="after")
     def _layers_fit(self) -> "TextConfig":
@@ -131,7 +131,7 @@ class SamplerConfig(Config):
     """How videos are sampled; defaults are those of the released text-to-video script."""
 
     solver: Literal["ddim", "dpm++"] = "ddim"  # dpm++: DPM-Solver++(2M), of second order, without noise
-    num_steps: int = Field(50, gt=0)
+    num_steps: int = Field(50, gt=0)  # network calls per sample (twice as many with guidance)
     guidance_scale: float = Field(12.0, ge=0, le=1e4)  # 1: no guidance, one network call per step
     guidance_rescale: float = Field(0.0, ge=0, le=1)  # share of the guided prediction brought back to its usual spread
     eta: float = Field(1.0, ge=0, le=1)  # of ddim; 0: deterministic, 1: as much fresh noise as ancestral sampling
@@ -143,19 +143,19 @@ class ResamplerConfig(Config):
     """Shape of the image-token resampler of the image-to-video model."""
 
     dim: int = Field(1024, gt=0)  # working width
-    depth: int = Field(4, gt=0)
-    heads: int = Field(12, gt=0)
-    dim_head: int = Field(64, gt=0)
+    depth: int = Field(4, gt=0)  # blocks of attention
+    heads: int = Field(12, gt=0)  # of every attention
+    dim_head: int = Field(64, gt=0)  # width of a head
     num_queries: int = Field(16, gt=0)  # image tokens it gives
     embedding_dim: int = Field(1280, gt=0)  # width of the image tower's tokens
     output_dim: int = Field(1024, gt=0)  # context_dim of the network
-    ff_mult: int = Field(4, gt=0)
+    ff_mult: int = Field(4, gt=0)  # width of the hidden layers, in `dim`
 
 
 class LoraConfig(Config):
     """Low-rank updates of some layers in place of their weights. VideoCrafter2 states neither rank nor layers."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0)  # of an update
     alpha: float = Field(16.0, gt=0)  # an update is scaled by alpha / rank
     targets: tuple[LoraTarget, ...] = Field(("attention",), min_length=1)  # kinds of layers that get one
     dropout: float = Field(0.0, ge=0, lt=1)  # before an update
@@ -164,11 +164,11 @@ class LoraConfig(Config):
 class ImageTowerConfig(Config):
     """Shape of the image tower; defaults are OpenCLIP ViT-H/14."""
 
-    width: int = Field(1280, gt=0)
-    heads: int = Field(16, gt=0)
-    layers: int = Field(32, gt=0)
+    width: int = Field(1280, gt=0)  # of the tokens
+    heads: int = Field(16, gt=0)  # of every attention
+    layers: int = Field(32, gt=0)  # that the weights have
     image_size: int = Field(224, gt=0)  # pixels, height and width
-    patch_size: int = Field(14, gt=0)
+    patch_size: int = Field(14, gt=0)  # pixels, height and width
     output_dim: int = Field(1024, gt=0)  # of the projection that the weights carry and that is not used
 
 

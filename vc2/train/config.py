@@ -31,18 +31,18 @@ STAGE_VERSION = 3  # raised by hand whenever the same request gives other weight
 class Strategy(Config):
     """Which parts of the network learn, and how (VideoCrafter2, Sec. 3 and Table 3)."""
 
-    trainable: Literal["all", "spatial", "temporal"] = "all"
+    trainable: Literal["all", "spatial", "temporal"] = "all"  # which modules are trained; the rest is frozen
     lora: LoraConfig | None = None  # learn low-rank updates of those parts; None: the parts themselves, directly
 
 
 class OptimizerConfig(Config):
     """AdamW with a linear warm-up to a constant rate."""
 
-    lr: float = Field(5e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(0, ge=0)
+    lr: float = Field(5e-5, gt=0)  # learning rate after the warm-up
+    betas: tuple[float, float] = (0.9, 0.999)  # of the moving means of gradients and of their squares
+    eps: float = Field(1e-8, gt=0)  # added to the root of the second
+    weight_decay: float = Field(0.01, ge=0)  # per step, in units of the learning rate
+    warmup_steps: int = Field(0, ge=0)  # over which the rate rises from 0
     clip_norm: float = Field(1.0, ge=0)  # global norm of the gradient; 0: no clipping
 
     def lr_at(self, step: int) -> float:
@@ -85,8 +85,8 @@ class Validation(Config):
     every: int | None = Field(None, gt=0, description="steps between validations; empty: none")
     clips: int = Field(32, gt=0, description="samples whose loss is measured, with noise that never changes")
     prompts: tuple[str, ...] = Field((), description="captions that videos are made for, by EMA and raw weights")
-    sampler_steps: int = Field(25, gt=0)
-    guidance_scale: float = Field(12.0, ge=0)
+    sampler_steps: int = Field(25, gt=0)  # network calls per video
+    guidance_scale: float = Field(12.0, ge=0)  # of these videos
 
 
 Launcher = Literal["local", "ray", "env"]
@@ -95,7 +95,7 @@ Launcher = Literal["local", "ray", "env"]
 class TrainStage(Config):
     """A training stage: `full` (videos and images) or `spatial` (images tune what things look like)."""
 
-    name: Literal["full", "spatial"] = "full"
+    name: Literal["full", "spatial"] = "full"  # which of the two
     model: ModelConfig = ModelConfig()
     strategy: Strategy = Strategy()
     sd_init: str = ""  # name in vc2.pretrained of Stable Diffusion weights for the spatial part; empty: none
@@ -108,9 +108,9 @@ class TrainStage(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     spikes: SpikeGuard | None = None  # None: losses are not judged
     phases: tuple[Phase, ...] = ()  # one after the other; none: clips as they are, to the end
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)  # of the moving mean of the weights that is sampled from
     precision: Literal["fp32", "bf16"] = "bf16"  # of the arithmetic; weights, moments and EMA are always float32
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)  # of noise, timesteps, order and dropped captions
 
     num_steps: int = knob(270_000, gt=0)  # more steps continue the run
     launcher: Launcher = knob("local", description="who starts the ranks: torchrun here, Ray, or somebody else (env)")
@@ -121,7 +121,7 @@ class TrainStage(Config):
     zero_stage: Literal[0, 1, 2] = knob(1)  # 0: no partition, one rank only
     deterministic: bool = knob(False)  # bit-equal runs on GPUs, at some cost; on CPU runs are bit-equal anyway
     compile: bool = knob(False)  # the network through torch.compile: other rounding, like another device
-    device: Literal["auto", "cpu", "cuda"] = knob("auto")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto")  # auto: a GPU where there is one
     sd_path: str = knob("")  # a file to take instead of looking `sd_init` up
     cache_mib: int = knob(512, ge=0)  # memory per rank for encoded samples that come again
 
