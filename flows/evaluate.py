@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from flows.shown import told_in_one_line
+from flows.body import told_in_one_line
 from flows.stage import run
 from vc2.pipeline.recipes import PipelineOverrides, Recipe
 
@@ -36,5 +36,6 @@ def evaluate(
         repeat: Raise it to evaluate the same once more.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
-    checkpoints = {"checkpoint": checkpoint, "base": base}
-    return run("evaluate/evalcrafter", recipe, store, overrides, repeat, shards=shards, checkpoints=checkpoints)
+    inputs = {"shards": shards, "checkpoint": checkpoint, "base": base}
+    request = {"recipe": recipe, "store": store, "repeat": repeat, "overrides": overrides, **inputs}
+    return run("evaluate/evalcrafter", request)

@@ -1,42 +1,48 @@
 """Deployment vc2/full-pipeline: the driver. It asks the store what is done and runs the rest as deployments, in order.
 
-A stage's run is found again by its key, (fingerprint, root run). So a driver that is retried re-attaches to what runs,
-and puts what an earlier attempt left failed back to work in place. Whether a stage is done is asked of the store alone.
+A stage's run is found again by its key, (fingerprint, root run). So a driver that is retried, resumed or rescued
+re-attaches to what runs, and puts what an earlier attempt left failed back to work in place. Whether a stage is done is
+asked of the store alone.
+
+Before anything runs: everything asked for is checked, what it would cost is predicted, and a preflight looks at what
+the stages need. A run that would cost more than `cost_limit`, or that is told to stop at a gate, is suspended (no
+process is left) until somebody answers its form (`flows.gates`).
 """
 
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, cast
 
-import httpx
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.deployments import run_deployment
-from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
-from prefect.states import AwaitingRetry, Cancelling
+from prefect.states import Cancelled, Cancelling
 from pydantic import Field
 
-from flows.shown import ShownProgress, show_link, show_table, told_in_one_line
-from flows.stage import RAY_VARIABLES
-from vc2.artifacts import Artifact, Checkpoint, ShardSet, load_manifest
-from vc2.errors import LaunchFailed
-from vc2.eval.config import EvaluateStage
-from vc2.pipeline.driver import STAGES, PlannedStage, StageName, drive, given_artifacts, plan, session
-from vc2.pipeline.recipes import DEFAULT_WORK, PipelineOverrides, Recipe, default_store, resolve
-from vc2.storage import Store, join_uri, open_store
+from flows.body import told_in_one_line
+from flows.gates import ask
+from flows.rescue import put_back, rescue
+from flows.shown import ShownProgress, place_of, show_cost, show_link, show_plan
+from flows.stage import RAY_VARIABLES, Asked, asked
+from flows.supervise import NO_ANSWER, SERVER_MAY_BE_AWAY
+from vc2.artifacts import Artifact, Checkpoint, ShardSet, find, load_manifest
+from vc2.errors import ConfigError, LaunchFailed
+from vc2.pipeline.driver import DAG, FIELDS, STAGES, PlannedStage, StageName, check_measurable, drive, reached
+from vc2.pipeline.preview import PlanRow, previewed, spent
+from vc2.pipeline.recipes import PipelineOverrides, Recipe
+from vc2.ray_session import HeldSession
+from vc2.storage import Store
 
 __all__ = ["pipeline"]
 
 AS_IN_RECIPE = PipelineOverrides()
 LOOK_EVERY = 0.5  # seconds
-SERVER_MAY_BE_AWAY = 120.0  # seconds without an answer, for a server that is being restarted
+KINDS = {node.name: node.kind for node in DAG}
 
 
 @flow(name="vc2")
@@ -48,6 +54,9 @@ def pipeline(
     checkpoint: str = "",
     start_at: StageName | None = None,
     stop_after: StageName | None = None,
+    gate_before: StageName | None = None,
+    cost_limit: Annotated[float, Field(ge=0)] = 100.0,
+    preflight: bool = True,
     repeat: Annotated[int, Field(ge=0)] = 0,
     overrides: PipelineOverrides = AS_IN_RECIPE,  # pyright: ignore[reportInvalidTypeForm]
 ) -> str:
@@ -60,20 +69,59 @@ def pipeline(
         checkpoint: Checkpoint to take in place of the recipe's, by URI.
         start_at: First stage that may run; those before it must be done.
         stop_after: Last stage to run.
+        gate_before: Stage before which somebody has to approve, shown samples of the checkpoint that it starts from.
+        cost_limit: US dollars; a run that is predicted to cost more waits for somebody to approve it.
+        preflight: Look at sources, weights, store and machines before the first stage that has to run.
         repeat: Raise it to make everything (with start_at: that stage and what follows) once more.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
-    config = resolve(recipe, overrides, work=DEFAULT_WORK)
-    place = open_store(store or default_store())
-    given = given_artifacts(place, shards, checkpoint)
-    planned = plan(config, place, repeat=repeat, start_at=start_at, given=given)
-    show_table("plan", [_row(stage) for stage in planned], "What is done, what will run, and why.")
+    inputs = {"shards": shards, "checkpoint": checkpoint, "start_at": start_at}
+    request = {"recipe": recipe, "store": store, "repeat": repeat, "overrides": overrides, **inputs}
+    what = asked("vc2/full-pipeline", request)
+    wanted = _between(what.stages, start_at, stop_after)
+    todo = [stage for stage in wanted if stage.artifact is None]
+    check_measurable(what.config, wanted)
+    rows = previewed(what.stages, what.config, what.store)
+    show_plan(rows)
+    show_cost(spent(what.stages, what.store))
+    _pass_cost(rows, {stage.name for stage in todo}, cost_limit)
     with ExitStack() as cleanup:
-        children = Children(
-            recipe, place, overrides, config.evaluation, cleanup, sum(stage.state == "done" for stage in planned)
+        names = [stage.name for stage in todo]
+        looks = {"shards": shards, "checkpoint": checkpoint, "repeat": repeat, "stages": names} if preflight else None
+        children = Children(recipe, what, overrides, names, gate_before, looks)
+        cleanup.callback(children.end_ray)
+        last = drive(
+            what.config,
+            what.store,
+            children.run,
+            start_at=start_at,
+            stop_after=stop_after,
+            repeat=repeat,
+            given=what.given,
         )
-        last = drive(config, place, children.run, start_at=start_at, stop_after=stop_after, repeat=repeat, given=given)
-    return _shown_result(last, place)
+    return _shown_result(last, what.store)
+
+
+def _between(stages: list[PlannedStage], start_at: str | None, stop_after: str | None) -> list[PlannedStage]:
+    names = [stage.name for stage in stages]
+    first = names.index(start_at) if start_at else 0
+    last = names.index(stop_after) if stop_after else len(names) - 1
+    if first > last:
+        raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
+    return stages[first : last + 1]
+
+
+def _pass_cost(rows: list[PlanRow], todo: Collection[str], limit: float) -> None:
+    """Ask whether a run shall go on that is predicted to cost more than it may."""
+    costs = {row.stage: row.usd for row in rows if row.stage in todo and row.usd}
+    total = sum(costs.values())
+    if total > limit:
+        parts = ", ".join(f"{name} {usd:,.2f}" for name, usd in costs.items())
+        unknown = ", ".join(row.stage for row in rows if row.stage in todo and row.usd is None)
+        more = f" Not known, and not counted: {unknown}." if unknown else ""
+        ask(
+            "cost", f"What is left is predicted to cost **{total:,.2f} US dollars** ({parts}), over {limit:,.2f}.{more}"
+        )
 
 
 @dataclass
@@ -81,48 +129,118 @@ class Children:
     """Runs stages as deployments."""
 
     recipe: str
-    store: Store
+    what: Asked
     overrides: PipelineOverrides  # pyright: ignore[reportInvalidTypeForm]
-    evaluation: EvaluateStage
-    cleanup: ExitStack
-    num_done: int
+    todo: list[str]
+    gate_before: str | None
+    looks: Mapping[str, Any] | None  #: what the preflight is asked; None: it was, or need not be
     progress: ShownProgress = field(default_factory=lambda: ShownProgress("vc2", every=0.0))
-    has_ray: bool = False
+    ray: HeldSession | None = None
+    stages: list[PlannedStage] = field(init=False)  #: as they are now
+
+    def __post_init__(self) -> None:
+        self.stages = self.what.stages
 
     def run(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:
         """Start or re-attach to the run of a stage, and wait for its end.
 
         Raises:
-            LaunchFailed: If it ended other than well.
-            StoreError: If it ended well and left no manifest.
+            LaunchFailed: If it ended other than well, or well and left no manifest.
         """
-        self.progress("stages", self.num_done, len(STAGES), now=planned.name)
-        job = {"env": self._ray(planned)}
-        key = f"{planned.fingerprint}:{this_run.root_flow_run_id or this_run.id}"
+        self._preflight()
+        self._gate(planned, inputs)
+        self._tell(planned.name)
+        store = self.what.store
+        if not planned.name.startswith("shard/"):
+            self.end_ray()  # before anything trains
+
+        def job() -> dict[str, Any]:
+            return {"env": self._ray() if self._needs_ray(planned) else {}}
+
+        self._child(
+            planned.name,
+            f"{planned.fingerprint}:{_root()}",
+            self._parameters(planned, inputs),
+            job,
+            lambda: reached(planned, store),
+        )
+        made = find(store, planned.prefix, KINDS[planned.name])
+        if made is None:
+            raise LaunchFailed(
+                f"{planned.name} ended well, yet {store.uri}/{planned.prefix} has no manifest; a new run makes it again"
+            )
+        self.todo.remove(planned.name)
+        self._tell()
+        done = replace(planned, state="done", artifact=made)
+        self.stages = [done if stage.name == done.name else stage for stage in self.stages]
+        show_cost(spent(self.stages, store))
+        return made
+
+    def end_ray(self) -> None:
+        """End the Ray session that the shard stages share."""
+        session, self.ray = self.ray, None
+        if session is not None:
+            session.stop()
+
+    def _child(
+        self,
+        deployment: str,
+        key: str,
+        parameters: dict[str, Any],
+        job: Callable[[], dict[str, Any]] = dict,
+        far: Callable[[], int] = int,
+    ) -> FlowRun:
         with get_client(sync_client=True) as client:
             child = run_deployment(
-                planned.name,
-                parameters=self._parameters(planned, inputs),
-                flow_run_name=planned.name,
+                deployment,
+                parameters=parameters,
+                flow_run_name=deployment,
                 idempotency_key=key,
-                job_variables=job,
+                job_variables=job(),
                 timeout=0,
             )
-            _wait(client, cast(FlowRun, child), job)
-        self.num_done += 1
-        self.progress("stages", self.num_done, len(STAGES))
-        return load_manifest(self.store, planned.prefix).reference(self.store, planned.prefix)
+            return _wait(client, cast(FlowRun, child), job, far)
 
-    def _parameters(self, stage: PlannedStage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-        parameters: dict[str, Any] = {
+    def _preflight(self) -> None:
+        """Look at what the stages need, once in an attempt, before the first of them."""
+        looks, self.looks = self.looks, None
+        if looks is not None:
+            self._child("preflight/recipe", f"preflight:{_root()}:{this_run.run_count}", {**self._common(), **looks})
+
+    def _gate(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> None:
+        """Wait for approval before a stage, with samples of the checkpoint that it would start from."""
+        if planned.name != self.gate_before:
+            return
+        shown = f"Shall **{planned.name}** run?"
+        weights = next((artifact for artifact in inputs.values() if isinstance(artifact, Checkpoint)), None)
+        if weights is not None:
+            key = f"sample:{weights.fingerprint}@{weights.step}:{_root()}"
+            child = self._child("sample/grid", key, self._common() | {"checkpoint": weights.uri})
+            said = (child.state and child.state.message) or ""
+            uri = said.removeprefix("Report ")
+            page = place_of(self.what.store, uri.removeprefix(self.what.store.uri + "/"))
+            show_link("gate", page, "samples", f"samples of {weights.uri}, before {planned.name}")
+            shown += f" It starts from `{weights.uri}` (step {weights.step}); samples of it: [{page}]({page})"
+        self.end_ray()  # nothing of ours stays behind while nobody answers
+        ask(f"before-{planned.name}", shown)
+
+    def _tell(self, name: str = "") -> None:
+        done = len(STAGES) - len(self.todo)
+        self.progress("stages", done, len(STAGES), **({"now": name} if name else {}))
+
+    def _common(self) -> dict[str, Any]:
+        """Parameters that every child has."""
+        return {
             "recipe": self.recipe,
-            "store": self.store.uri,
-            "repeat": stage.repeat,
+            "store": self.what.store.uri,
             "overrides": self.overrides.model_dump(mode="json", exclude_none=True),
         }
+
+    def _parameters(self, stage: PlannedStage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        parameters: dict[str, Any] = {**self._common(), "repeat": stage.repeat}
         if stage.name == "evaluate/evalcrafter":  # what is measured with what was seen, and planned, here
-            asked = parameters["overrides"].setdefault("evaluation", {})
-            asked |= self.evaluation.model_dump(include={"measured_with", "not_measured"})
+            asked_for = parameters["overrides"].setdefault("evaluation", {})
+            asked_for |= self.what.config.evaluation.model_dump(include={"measured_with", "not_measured"})
         shards = []
         for role, artifact in inputs.items():
             if isinstance(artifact, ShardSet):
@@ -135,67 +253,102 @@ class Children:
             parameters["fresh"] = True  # the set that was planned, and no other
         return parameters
 
-    def _ray(self, stage: PlannedStage) -> dict[str, str]:
-        """One Ray session for all shard stages: started for the first that has to run, ended before anything trains."""
-        if not stage.name.startswith("shard/"):
-            self.cleanup.close()
-            return {}
-        if not self.has_ray:
-            self.cleanup.enter_context(session([stage]))
-            self.has_ray = True
-        return {name: os.environ[name] for name in RAY_VARIABLES if name in os.environ}
+    def _needs_ray(self, planned: PlannedStage) -> bool:
+        """Whether a stage spreads over a Ray of this machine; what runs as a job has its cluster."""
+        return planned.name.startswith("shard/") and getattr(self.what.config, FIELDS[planned.name]).launcher == "local"
+
+    def _ray(self) -> dict[str, str]:
+        """One Ray session for all shard stages, in a process of its own; a new one where it was lost."""
+        if self.ray is not None and not self.ray.is_alive():
+            get_run_logger().warning("Ray is lost; starting it again")
+            self.end_ray()
+        if self.ray is None:
+            self.ray = HeldSession()
+            self.ray.start()
+        return {name: value for name, value in self.ray.environment.items() if name in RAY_VARIABLES}
 
 
-def _wait(client: SyncPrefectClient, child: FlowRun, job: dict[str, Any]) -> None:
-    """Wait until a stage's run is completed. One that an earlier attempt left failed is put back to work, once."""
-    may_restart = child.run_count > 0 or _is_final(child)
+def _root() -> str:
+    return str(this_run.root_flow_run_id or this_run.id)
+
+
+def _wait(
+    client: SyncPrefectClient, child: FlowRun, job: Callable[[], dict[str, Any]], far: Callable[[], int]
+) -> FlowRun:
+    """Wait until a child is completed.
+
+    One that an earlier attempt left unfinished is put back to work; one that crashes is, as long as that may help.
+    """
+    was_left = _is_final(child) or child.state_type == StateType.CANCELLING
     away_since: float | None = None
     try:
         while True:
             if _is_final(child):
                 if child.state_type == StateType.COMPLETED:
-                    return
-                ended = str(child.state_name).lower()
-                if not may_restart:
-                    message = (child.state and child.state.message) or "no message"
-                    raise LaunchFailed(f"{child.name} {ended}: {message}")
-                may_restart = False
-                get_run_logger().info("%s was left %s: trying it again", child.name, ended)
-                _restart(client, child, job)
+                    return child
+                _again(client, child, job, far, was_left)
+                was_left = False
             time.sleep(LOOK_EVERY)
             try:
                 child, away_since = client.read_flow_run(child.id), None
-            except (httpx.HTTPError, PrefectHTTPStatusError):
+            except NO_ANSWER:
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > SERVER_MAY_BE_AWAY:
                     raise
     except BaseException as error:
-        if not isinstance(error, Exception):  # cancelled: what we started ends with us
-            client.set_flow_run_state(child.id, Cancelling())
+        if not isinstance(error, Exception):
+            _end_with_us(client, child)
         raise
 
 
-def _restart(client: SyncPrefectClient, child: FlowRun, job: dict[str, Any]) -> None:
-    """Put a failed run back to work under its old id, with the environment of this attempt.
+def _again(
+    client: SyncPrefectClient,
+    child: FlowRun,
+    job: Callable[[], dict[str, Any]],
+    far: Callable[[], int],
+    was_left: bool,
+) -> None:
+    """Put a child that ended other than well back to work, or raise what it ended with."""
+    message = (child.state and child.state.message) or "no message"
+    ended = str(child.state_name).lower()
+    log = get_run_logger().info
+    if was_left:
+        log("%s was left %s: trying it again", child.name, ended)
+        put_back(client, child, job())
+        return
+    if child.state_type == StateType.CRASHED:
+        if pause := rescue(client, child, far(), job()):
+            log("%s crashed (%s): trying it again in %.0f s", child.name, message, pause)
+            return
+        if client.read_flow_run(child.id).state_type == StateType.CANCELLED:
+            ended = "cancelled"
+        else:
+            message = f"again and again without getting further, the last time: {message}"
+    raise LaunchFailed(f"{child.name} {ended}: {message}")
 
-    The server takes that only while a run is scheduled, and a worker may pick it up as soon as it is due.
-    """
-    client.set_flow_run_state(child.id, AwaitingRetry(scheduled_time=datetime.now(UTC) + timedelta(hours=1)))
-    client.update_flow_run(child.id, job_variables=(child.job_variables or {}) | job)
-    client.set_flow_run_state(child.id, AwaitingRetry())
+
+def _end_with_us(client: SyncPrefectClient, child: FlowRun) -> None:
+    """Who cancels a driver cancels its stages. A driver that is ended otherwise comes back to them."""
+    try:
+        own = client.read_flow_run(this_run.id)
+        if own.state_type not in (StateType.CANCELLING, StateType.CANCELLED):
+            return
+        child = client.read_flow_run(child.id)
+        if child.state_type == StateType.SCHEDULED:  # nobody works on it
+            client.set_flow_run_state(child.id, Cancelled(), force=True)
+        elif not _is_final(child):
+            client.set_flow_run_state(child.id, Cancelling())
+    except NO_ANSWER as error:
+        get_run_logger().warning("%s was not told to end: %s", child.name, error)
 
 
 def _is_final(run: FlowRun) -> bool:
     return run.state_type in TERMINAL_STATES
 
 
-def _row(stage: PlannedStage) -> dict[str, str]:
-    return {"stage": stage.name, "state": stage.state, "why": stage.why, "fingerprint": stage.fingerprint[:12]}
-
-
 def _shown_result(artifact: Artifact, store: Store) -> str:
     """Show where the result is: the report's page, or the artifact."""
     pages = [entry.key for entry in load_manifest(store, artifact.prefix).files if entry.name.endswith(".html")]
-    place = join_uri(store.uri, pages[0] if pages else artifact.prefix)
-    show_link("result", place, artifact.kind, place)
+    place = f"{store.uri}/{pages[0] if pages else artifact.prefix}"
+    show_link("result", place_of(store, pages[0]) if pages else place, artifact.kind, place)
     return f"{artifact.kind} {place}"

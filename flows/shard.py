@@ -6,11 +6,16 @@ from typing import Annotated, Literal
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from flows.shown import ShownProgress, told_in_one_line
+from flows.body import told_in_one_line
+from flows.shown import ShownProgress
 from flows.stage import opened, shown
-from vc2.pipeline.recipes import DEFAULT_WORK, PipelineOverrides, Recipe
+from flows.turns import wait_for_turn
+from vc2.config import Config, canonical_json
+from vc2.pipeline.driver import FIELDS
+from vc2.pipeline.recipes import DEFAULT_WORK, PipelineConfig, PipelineOverrides, Recipe
 from vc2.pipeline.shard import ShardRequest
 from vc2.pipeline.stages import run_shards
+from vc2.storage import Store
 
 __all__ = ["shard"]
 
@@ -44,6 +49,14 @@ def shard(
     config, place = opened(recipe, store, overrides)
     request = ShardRequest(retry=tuple(retry), fresh=fresh, repeat=repeat)
     note = get_run_logger().info
+    wait_for_turn(_what(name, config, place, request))
     made = run_shards(name, config, place, DEFAULT_WORK, request, progress=ShownProgress(name), note=note)
     assert made is not None
     return shown(name, made, place)
+
+
+def _what(name: str, config: PipelineConfig, store: Store, request: ShardRequest) -> str:
+    """A name of what is made. Whether it grows out of an earlier set is the one thing that two runs may differ in."""
+    stage: Config = getattr(config, FIELDS[name])
+    world = config.world.identity() if config.world else None
+    return canonical_json([store.uri, name, stage.identity(), world, request.repeat, request.retry])

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from prefect import flow
 from pydantic import Field
 
-from flows.shown import told_in_one_line
+from flows.body import told_in_one_line
 from flows.stage import run
 from vc2.pipeline.recipes import PipelineOverrides, Recipe
 
@@ -37,5 +37,6 @@ def train(
         repeat: Raise it to train the same once more.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
-    checkpoints = {"start_from": checkpoint} if checkpoint else {}
-    return run(f"train/{stage}", recipe, store, overrides, repeat, shards=shards, checkpoints=checkpoints)
+    inputs = {"shards": shards, "checkpoint": checkpoint}
+    request = {"recipe": recipe, "store": store, "repeat": repeat, "overrides": overrides, **inputs}
+    return run(f"train/{stage}", request)
