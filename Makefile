@@ -14,7 +14,7 @@ browser:  ## a Chromium for the tests of pages, where this user may install one
 demo: setup  ## the whole pipeline, small and real: ends with the path of an HTML report
 	@$(PYTHON_BIN) -m flows.stack demo
 
-stack: setup  ## Prefect server, worker and deployments on loopback, left running
+stack: setup  ## Prefect server, worker, file server and deployments on loopback, left running; again at any time
 	@$(PYTHON_BIN) -m flows.stack up
 
 stack-down: setup  ## stop what `make stack` started
@@ -40,6 +40,8 @@ bench: setup  ## clips/s, images/s, loader samples/s, steps/s beside their limit
 	@$(PYTHON_BIN) -m benchmarks.train
 	@$(PYTHON_BIN) -m benchmarks.states
 	@$(PYTHON_BIN) -m benchmarks.evaluate
+	@$(PYTHON_BIN) -m benchmarks.plan
+	@$(PYTHON_BIN) -m benchmarks.orchestration
 
 docs: setup  ## the documentation as a site in work/site
 	@.venv/bin/mkdocs build --quiet --strict --site-dir $(VC2_WORK)/site && echo "$(VC2_WORK)/site/index.html"

@@ -1,0 +1,100 @@
+"""What the driver costs where nothing is left to do: a whole DAG that is reused, through Prefect and without.
+
+    python -m benchmarks.orchestration         about six minutes on two cores, most of it the first run of a tiny world
+
+A stack of its own (server, worker, deployments) is started in a temporary folder and runs the DAG of a tiny world once.
+Then the same run is submitted again, and again: from the submission to the end of the run, as somebody at the UI would
+count it. `vc2 run` on the same store is the peer: all that it does not do is Prefect's share. The limit is 15 seconds
+beyond the start of the server.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flows.follow import FINAL
+from flows.server import ROOT, Stack, free_port, held_lock
+from vc2.artifacts import environment
+from vc2.launch import cpu_count
+
+__all__ = ["main"]
+
+LIMIT = 15.0  # seconds
+TINY: dict[str, Any] = {
+    "world": {"num_videos": 16, "num_web_images": 24, "num_jdb_images": 16, "num_prompts": 2},
+    "full": {"num_steps": 4, "batch_size": 4},
+    "spatial": {"num_steps": 2, "batch_size": 4},
+    "evaluation": {"sampler": {"num_steps": 2}, "metrics": ["CLIP_Temp"]},
+}
+
+
+def main() -> int:
+    """Measure, print, write `benchmarks/results/orchestration-<date>.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vc2-bench-") as folder:
+        measured = _measured(Path(folder), options.rounds)
+    measured |= {"limit_s": LIMIT, "cores": cpu_count(), "load": os.getloadavg()[0], "environment": environment()}
+    print(json.dumps({name: measured[name] for name in measured if name != "environment"}, indent=1))
+    options.out.mkdir(parents=True, exist_ok=True)
+    place = options.out / f"orchestration-{datetime.now(UTC):%Y-%m-%d}.json"
+    place.write_text(json.dumps(measured, indent=1) + "\n")
+    return int(measured["reused_median_s"] > LIMIT)
+
+
+def _measured(work: Path, rounds: int) -> dict[str, Any]:
+    stack = Stack(work, str(work / "store"), free_port(), tied=True)
+    with held_lock(work):
+        began = time.monotonic()
+        try:
+            stack.start()
+            started = time.monotonic() - began
+            first = _run(stack)
+            reused = [_run(stack) for _ in range(rounds)]
+            command = [_run_without(work) for _ in range(rounds)]
+        finally:
+            stack.stop()
+    return {
+        "stack_start_s": round(started, 2),
+        "first_run_s": round(first, 2),
+        "reused_s": [round(seconds, 2) for seconds in reused],
+        "reused_median_s": round(statistics.median(reused), 2),
+        "vc2_run_reused_s": [round(seconds, 2) for seconds in command],
+    }
+
+
+def _run(stack: Stack) -> float:
+    """Seconds from the submission of a run to its end."""
+    api, began = stack.api, time.monotonic()
+    deployment = api.get("/deployments/name/vc2/full-pipeline")["id"]
+    parameters = {"parameters": {"recipe": "miniature", "overrides": TINY}}
+    run = api.post(f"/deployments/{deployment}/create_flow_run", parameters)["id"]
+    while (state := api.get(f"/flow_runs/{run}")["state"])["type"] not in FINAL:
+        time.sleep(0.1)
+    if state["type"] != "COMPLETED":
+        sys.exit(f"the run ended {state['type'].lower()}: {state['message']} (logs: {stack.work / 'logs'})")
+    return time.monotonic() - began
+
+
+def _run_without(work: Path) -> float:
+    """Seconds of the same by `vc2 run`."""
+    settings = [f"--set={name}.{key}={json.dumps(value)}" for name, part in TINY.items() for key, value in part.items()]
+    began = time.monotonic()
+    environment = os.environ | {"VC2_WORK": str(work), "VC2_STORE": str(work / "store")}
+    command = [sys.executable, "-m", "vc2.cli", "run", "miniature", *settings]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())
