@@ -6,17 +6,18 @@ its own. So a request under any other name than this machine's is refused. (With
 what needs no leave: `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` in `flows.server`.)
 """
 
-from fastapi import FastAPI
 from prefect.server.api import server
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp
 
 __all__ = ["create_app"]
 
 NAMES = ("127.0.0.1", "localhost")
 
 
-def create_app() -> FastAPI:
-    """The server with its UI, as uvicorn starts it."""
-    app = server.create_app()
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES))
-    return app
+def create_app() -> ASGIApp:
+    """The server with its UI, as uvicorn starts it.
+
+    The check stands before the server, not in it: its own automations call it from inside, under another name.
+    """
+    return TrustedHostMiddleware(server.create_app(), allowed_hosts=list(NAMES))
