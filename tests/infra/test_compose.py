@@ -3,6 +3,8 @@
 import yaml
 from manifests import INFRA, program, run
 
+from flows.files import HOST
+
 SERVICES = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
 
 
@@ -17,10 +19,19 @@ def test_ports_are_published_on_loopback_alone() -> None:
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
 
 
+def test_files_are_served_on_loopback_and_read_only() -> None:
+    """The file server asks nobody who they are."""
+    files = SERVICES["files"]
+    assert files["command"][:3] == ["python", "-m", "flows.files"] and HOST == "127.0.0.1"
+    assert files["network_mode"] == "host" and files["volumes"] == ["work:/work:ro"]
+    port = files["command"][files["command"].index("--port") + 1]
+    assert SERVICES["worker"]["environment"]["VC2_FILES_URL"] == f"http://{HOST}:{port}"
+
+
 def test_every_secret_must_be_given_and_has_no_default() -> None:
     for service in SERVICES.values():
         for name, value in service["environment"].items():
-            if any(word in name for word in ("PASSWORD", "AUTH_STRING", "ACCESS_KEY")):
+            if any(word in name for word in ("PASSWORD", "AUTH_STRING", "ACCESS_KEY", "TOKEN")):
                 assert value is None or value.endswith(":?set it in infra/.env}"), name
     said = (INFRA / ".env.example").read_text()
     for wanted in ("PREFECT_AUTH", "POSTGRES_PASSWORD", "VC2_STORE", "VC2_IMAGE"):

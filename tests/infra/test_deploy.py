@@ -25,6 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     url = f"http://127.0.0.1:{port}/api"
     settings = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "PREFECT_HOME": str(home),
+        "PREFECT_UI_STATIC_DIRECTORY": str(home / "ui"),
         "PREFECT_SERVER_API_AUTH_STRING": f"admin:{PASSWORD}",
         "PREFECT_SERVER_METRICS_ENABLED": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -51,12 +52,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository with two of its deployments: all of them are deployed by the tests of the stack."""
+    """The repository with a few of its deployments: all of them are deployed by the tests of the stack."""
     folder = tmp_path_factory.mktemp("root")
     for name in ("flows", "vc2", "infra"):
         (folder / name).symlink_to(ROOT / name)
     said = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-    said["deployments"] = [one for one in said["deployments"] if one["name"] in ("full-pipeline", "crashed")]
+    said["deployments"] = [one for one in said["deployments"] if one["name"] in ("full-pipeline", "crashed", "sweep")]
     (folder / "prefect.yaml").write_text(yaml.safe_dump(said))
     return folder
 
@@ -78,9 +79,26 @@ def test_a_server_is_brought_to_what_the_files_say(server: tuple[httpx.Client, d
     queues = {queue["name"] for queue in client.post("/work_pools/vc2/queues/filter", json={}).json()}
     assert {"driver", "stages"} <= queues
     known = client.post("/deployments/filter", json={}).json()
-    assert {found["name"] for found in known} == {"full-pipeline", "crashed"}
+    assert {found["name"] for found in known} == {"full-pipeline", "crashed", "sweep"}
     assert {found["job_variables"]["working_dir"] for found in known} == {str(root)}
     assert len(client.post("/automations/filter", json={}).json()) >= 2
+
+
+def test_the_server_has_its_ui_where_its_packages_are_not_its_own(
+    server: tuple[httpx.Client, dict[str, str]],
+) -> None:
+    """In the image they belong to root: the UI is unpacked where the image says, and served from there."""
+    client, settings = server
+    folder = Path(settings["PREFECT_UI_STATIC_DIRECTORY"])
+    assert "PREFECT_UI_STATIC_DIRECTORY=/tmp/" in (ROOT / "infra/Dockerfile").read_text()
+    page = httpx.get(
+        str(client.base_url).removesuffix("/api/"),
+        headers={"Accept": "text/html"},
+        follow_redirects=True,
+        trust_env=False,
+    )
+    assert page.status_code == 200
+    assert page.text in {path.read_text() for path in folder.glob("*/index.html")}
 
 
 def test_a_pool_of_another_kind_is_left_alone(server: tuple[httpx.Client, dict[str, str]]) -> None:

@@ -122,6 +122,7 @@ def test_the_worker_may_run_jobs_in_its_namespace_and_nothing_else() -> None:
         ("jobs", "watch"),
         ("pods", "watch"),
         ("pods/log", "get"),
+        ("events", "list"),
     } <= allowed
     assert not [pair for pair in allowed if pair[0] in ("secrets", "*", "pods/exec") or pair[1] == "*"]
 
@@ -204,7 +205,7 @@ def test_deployments_for_processes_run_on_kubernetes_too() -> None:
     for deployment in DEPLOYED["deployments"]:
         asked = deployment["work_pool"].get("job_variables", {})
         assert set(asked) <= set(TEMPLATE["variables"]["properties"]), deployment["name"]
-        made = job(**{name: str(value).replace("{{ here.stdout }}", "/vc2") for name, value in asked.items()})
+        made = job(**json.loads(json.dumps(asked).replace("{{ here.stdout }}", "/vc2")))
         container = made["spec"]["template"]["spec"]["containers"][0]
         assert container["args"] == ["python", "-m", "flows.tied", "prefect.engine"]
         assert container["workingDir"] == "/vc2"
@@ -212,10 +213,14 @@ def test_deployments_for_processes_run_on_kubernetes_too() -> None:
 
 
 def test_a_job_may_ask_for_gpus() -> None:
-    made = job(gpu_count=8, memory="512Gi", shm_size="64Gi", node_selector={"gpu": "a100"}, grace_seconds=600)
+    """And then bears the taint of their machines; one without leaves them to others."""
+    gpus = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    values = {"memory": "512Gi", "shm_size": "64Gi", "node_selector": {"gpu": "a100"}, "grace_seconds": 600}
+    made = job(gpu_count=8, tolerations=[gpus], **values)
     strictly(made)
     spec = made["spec"]["template"]["spec"]
     assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert spec["tolerations"] == [gpus] and not job()["spec"]["template"]["spec"]["tolerations"]
     assert spec["nodeSelector"] == {"gpu": "a100"} and spec["terminationGracePeriodSeconds"] == 600
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}} in spec["volumes"]
 
