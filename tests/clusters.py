@@ -34,10 +34,10 @@ def ray_node(*arguments: str, folder: str, log: Path, cpus: int = 1) -> Iterator
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     command = [str(Path(sys.executable).with_name("ray")), "start", *arguments, f"--num-cpus={cpus}", "--block"]
+    # Jobs are started by the agent of a node; by itself every agent of this machine would want the same port.
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000"]
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*command, "--object-store-memory=80000000"], env=settings, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:

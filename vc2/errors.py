@@ -23,6 +23,7 @@ __all__ = [
     "Vc2Error",
     "WeightsError",
     "YieldTooLow",
+    "first_line",
     "without_secrets",
 ]
 
@@ -35,6 +36,11 @@ SECRETS = re.compile(
     r"|(?<=[?&])(?P<name>[\w-]*(?:signature|credential|token|secret|password|sig|key))=[^&\s'\"]*",  # of a signed URL
     re.IGNORECASE,
 )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def without_secrets(text: str) -> str:

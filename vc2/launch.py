@@ -31,6 +31,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -216,7 +217,10 @@ class Job(ABC):
     def __init__(self, name: str, grace: float = GRACE) -> None:
         self.name, self.grace = name, grace
         self.errors: list[RankError] = []
-        self._aloud = _Aloud(name)
+
+    @cached_property
+    def _aloud(self) -> _Aloud:
+        return _Aloud(self.name)
 
     @property
     @abstractmethod

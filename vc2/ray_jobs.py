@@ -5,14 +5,16 @@
     train worker      one per rank, placed by Ray                  sets the rank's variables, hands on its lines
     rank              `python -m vc2.launch rank MODULE URI`       the same process as under any other launcher
 
-The submission id names the work and which attempt at it this is, so whoever lost a job finds it again: a job that is
-there already is attached to. The job lives and dies by itself. When it is stopped, Ray ends its workers, and a rank
-dies with its worker. A cluster whose head was started anew knows nothing of its jobs: then the job is lost.
+The submission id (`job_id`) names the work, its store and which attempt at it this is, so whoever lost a job finds it
+again: a job that is there already is attached to. The job lives and dies by itself. When it is stopped, Ray ends its
+workers, and a rank dies with its worker. A cluster whose head was started anew knows nothing of its jobs: then the job
+is lost.
 
 A rank is a process of its own, since it handles signals, exits at once when it fails, and makes its own process group;
 so workers need no process group of theirs, and Ray Train is asked for none.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -24,10 +26,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vc2.errors import ConfigError, LaunchFailed
+from vc2.errors import ConfigError, LaunchFailed, first_line
 from vc2.failures import RankError, Retries, hung, killed_by
 from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, Unheard, last_lines, rank_environment, watch
 from vc2.progress import Progress, silent
@@ -36,15 +39,17 @@ from vc2.storage import Store, join_uri
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["RayJob", "cluster_resources", "is_running", "local_rank", "start_job"]
+__all__ = ["RayJob", "cluster_resources", "do_as_job", "has_ended", "is_running", "job_id", "local_rank", "start_job"]
 
 log = logging.getLogger(__name__)
 
 SERVER = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # environment variables that name the cluster
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "VC2_MIRROR", "VC2_OFFLINE")  # no secrets: jobs show them
 SHARE = 20.0  # a log is not asked for again before so many times the seconds that it took
-SUBMIT = 120.0  # seconds for which a job server that takes no job is asked again
+SUBMIT = 120.0  # seconds for which a job server that takes no job, or does not say what there is, is asked again
 SILENCE = 600.0  # seconds for which the job server may not answer before its job is called unheard
+LAST_WORDS = 60.0  # seconds for which the log of a job that has ended may not be had, before it ends without
+LATE = 5.0  # seconds after which a job whose submission was broken off is known, if it ever is
 NO_ANSWER = (RuntimeError, OSError)  # of a job server; what `requests` raises is an OSError
 PROGRESS_EVERY = 1.0  # seconds between two lines of progress of one work in a job's log
 RETRIES = 2  # attempts at a job after failures that may pass, that get no further than the one before
@@ -62,6 +67,7 @@ class RayJob(Job):
         super().__init__(job_id)
         self._client, self.job_id = client, job_id
         self._heard = time.monotonic()
+        self._ended: float | None = None  # since when it is known to have ended
         self._text, self._read, self._next_look = "", 0, 0.0
 
     @property
@@ -70,49 +76,61 @@ class RayJob(Job):
 
     def poll(self, progress: Progress = silent) -> int | None:
         try:
-            code = self._poll(progress)
+            status = _asked(self._client, self.job_id)
         except NO_ANSWER as error:  # the job does not need its server
             if time.monotonic() - self._heard > SILENCE:
                 raise Unheard(
-                    f"{self.job_id}: the job server has not answered for {SILENCE:.0f} s ({_first_line(error)}); the "
+                    f"{self.job_id}: the job server has not answered for {SILENCE:.0f} s ({first_line(error)}); the "
                     "same command comes back to the job"
                 ) from None
             return None
         self._heard = time.monotonic()
-        return code
-
-    def _poll(self, progress: Progress) -> int | None:
-        status = _asked(self._client, self.job_id)
         if status is None:
             why = "the cluster does not know the job any more; its head was started anew"
             self.errors.append(RankError(0, "communication", why))
             self._hear([], progress, is_last=True)
             return 1
-        began = time.monotonic()
-        if status.is_terminal() or began >= self._next_look:
-            self._text = self._client.get_job_logs(self.job_id)
-            self._next_look = time.monotonic() + SHARE * (time.monotonic() - began)
-            whole = len(self._text) if status.is_terminal() else self._text.rfind("\n") + 1
-            self._hear(self._text[self._read : whole].splitlines(), progress, is_last=status.is_terminal())
-            self._read = max(self._read, whole)
+        if status.is_terminal() and self._ended is None:
+            self._ended = time.monotonic()
+        if status.is_terminal() or time.monotonic() >= self._next_look:
+            try:
+                self._read_log(progress, is_last=status.is_terminal())
+            except NO_ANSWER as error:
+                if self._ended is None or time.monotonic() - self._ended < LAST_WORDS:
+                    return None
+                why = f"the job has ended ({status.value}), and its log cannot be had: {first_line(error)}"
+                self.errors.append(RankError(0, "communication", why))
         if not status.is_terminal():
             return None
         if status.value == "STOPPED":
             self.errors.append(RankError(0, "preemption", f"{self.job_id} was stopped; the same command goes on"))
         return 0 if status.value == "SUCCEEDED" else 1
 
+    def _read_log(self, progress: Progress, *, is_last: bool) -> None:
+        began = time.monotonic()
+        self._text = self._client.get_job_logs(self.job_id)
+        self._next_look = time.monotonic() + SHARE * (time.monotonic() - began)
+        whole = len(self._text) if is_last else self._text.rfind("\n") + 1
+        self._hear(self._text[self._read : whole].splitlines(), progress, is_last=is_last)
+        self._read = max(self._read, whole)
+
     def cancel(self) -> None:
         until = time.monotonic() + self.grace
-        is_asked = False
+        is_asked, why = False, ""
         while time.monotonic() < until:
             try:
                 status = _asked(self._client, self.job_id)
                 if status is None or status.is_terminal():
                     return
+                why = f"it is still {status.value}"
                 is_asked = is_asked or self._client.stop_job(self.job_id)
             except NO_ANSWER as error:
-                log.warning("%s: not stopped yet: %s", self.job_id, _first_line(error))
+                why = f"the job server says {first_line(error)}"
             time.sleep(0.2)
+        log.error(
+            "%s: not stopped in %.0f s (%s), so it may go on; stop it by: ray job stop %s",
+            self.job_id, self.grace, why, self.job_id,
+        )  # fmt: skip
 
     def tail(self, lines: int = 15) -> str:
         return last_lines(self._text, lines)
@@ -138,6 +156,20 @@ def start_job(module: str, config_uri: str, *, world_size: int, job_id: str, dev
 def submit(words: Sequence[str], job_id: str) -> RayJob:
     """Run `python -m words...` on the cluster's head, or attach to the job of that id; errors as of `start_job`."""
     client = _client()
+    try:
+        return _submitted(client, words, job_id)
+    except Exception:
+        raise
+    except BaseException:  # asked to stop, and the job server may have taken it already
+        job, until = RayJob(client, job_id), time.monotonic() + LATE
+        with suppress(*NO_ANSWER):
+            while _asked(client, job_id) is None and time.monotonic() < until:
+                time.sleep(0.2)
+        job.cancel()
+        raise
+
+
+def _submitted(client: "JobSubmissionClient", words: Sequence[str], job_id: str) -> RayJob:
     if _status(client, job_id) is not None:
         return RayJob(client, job_id)
     settings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -153,7 +185,7 @@ def submit(words: Sequence[str], job_id: str) -> RayJob:
                 return RayJob(client, job_id)
             if time.monotonic() > until:
                 raise LaunchFailed(
-                    f"{job_id}: the job server refused it ({_first_line(error)})", "communication"
+                    f"{job_id}: the job server refused it ({first_line(error)})", "communication"
                 ) from None
         time.sleep(2.0)
 
@@ -170,8 +202,8 @@ def do_as_job(
 ) -> None:
     """Have a piece of work done by a Ray Job: by the newest one where that runs, else by another. Safe to repeat.
 
-    What was asked of attempt n is kept at `folder/<n>.json`, its job is `name-<n>`. One that failed by what may pass is
-    followed by another; one that its starter left alone is come back to.
+    What was asked of attempt n is kept at `folder/<n>.json`; its job is `job_id(name, store, n)`. One that failed by
+    what may pass is followed by another; one that its starter left alone is come back to.
 
     Args:
         name: Of the work.
@@ -190,7 +222,7 @@ def do_as_job(
     while True:
         try:
             number = _attempt(name, request, store, folder)
-            job = begin(join_uri(store.uri, f"{folder}/{number:04d}.json"), f"{name}-{number}")
+            job = begin(join_uri(store.uri, f"{folder}/{number:04d}.json"), job_id(name, store, number))
             watch(job, progress, interval=1.0)
             return
         except Unheard:
@@ -209,19 +241,34 @@ def _attempt(name: str, request: bytes, store: Store, folder: str) -> int:
     while True:
         newest = max((int(Path(entry.key).stem) for entry in store.list(f"{folder}/")), default=0)
         if newest:
-            status = _status(client, f"{name}-{newest}")
+            status = _status(client, job_id(name, store, newest))
             if status is None and store.read(f"{folder}/{newest:04d}.json") == request:
                 return newest  # its starter ended right then, another is about to begin it, or its cluster is gone
             if status is not None and not status.is_terminal():
                 return newest
         if store.write_if_absent(f"{folder}/{newest + 1:04d}.json", request):
-            return newest + 1
+            status = _status(client, job_id(name, store, newest + 1))
+            if status is None or not status.is_terminal():
+                return newest + 1
+            # Else the cluster remembers what the store does not: a job that was asked something else.
 
 
-def is_running(job_id: str) -> bool:
-    """Whether there is such a job that has not ended."""
-    status = _status(_client(), job_id)
+def job_id(name: str, store: Store, attempt: int) -> str:
+    """The submission id of an attempt at a piece of work. It says which store is meant, by six digits of its URI: the
+    same work for another store is another job."""
+    return f"{name}-{hashlib.sha256(store.uri.encode()).hexdigest()[:6]}-{attempt}"
+
+
+def is_running(job: str) -> bool:
+    """Whether there is a job of that id that has not ended."""
+    status = _status(_client(), job)
     return status is not None and not status.is_terminal()
+
+
+def has_ended(job: str) -> bool:
+    """Whether there is a job of that id, and it has ended."""
+    status = _status(_client(), job)
+    return status is not None and status.is_terminal()
 
 
 def cluster_resources() -> dict[str, float]:
@@ -236,10 +283,16 @@ def cluster_resources() -> dict[str, float]:
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
-    try:
-        nodes = list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)
-    except (RayStateApiException, *NO_ANSWER) as error:
-        raise LaunchFailed(f"the cluster does not say what it has ({_first_line(error)})", "communication") from None
+    until = time.monotonic() + SUBMIT
+    while True:
+        try:
+            nodes = list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)
+            break
+        except (RayStateApiException, *NO_ANSWER) as error:  # as of a head that has just been started
+            if time.monotonic() > until:
+                why = first_line(error).partition(". ")[0]
+                raise LaunchFailed(f"the cluster does not say what it has ({why})", "communication") from None
+        time.sleep(2.0)
     found: dict[str, float] = {"machines": len(nodes)}
     for node in nodes:
         for name, amount in vars(node)["resources_total"].items():  # types do not know it
@@ -257,17 +310,22 @@ def _client() -> "JobSubmissionClient":
     except (ConnectionError, RuntimeError) as error:
         where = next(os.environ[name] for name in SERVER if os.environ.get(name))
         raise LaunchFailed(
-            f"launcher=ray: no job server answers at {where} ({_first_line(error)}); it comes with ray[default], "
+            f"launcher=ray: no job server answers at {where} ({first_line(error)}); it comes with ray[default], "
             "extra `cluster`",
             "communication",
         ) from None
 
 
 def _status(client: "JobSubmissionClient", job_id: str) -> Any:
-    try:
-        return _asked(client, job_id)
-    except NO_ANSWER as error:
-        raise Unheard(f"{job_id}: the job server says {_first_line(error)}") from None
+    """What a job server that answered a moment ago says of a job; one that is away is asked again for a while."""
+    until = time.monotonic() + SILENCE
+    while True:
+        try:
+            return _asked(client, job_id)
+        except NO_ANSWER as error:
+            if time.monotonic() > until:
+                raise Unheard(f"{job_id}: for {SILENCE:.0f} s the job server says {first_line(error)}") from None
+        time.sleep(2.0)
 
 
 def _asked(client: "JobSubmissionClient", job_id: str) -> Any:
@@ -278,10 +336,6 @@ def _asked(client: "JobSubmissionClient", job_id: str) -> Any:
         if "does not exist" in str(error) or "status code 404" in str(error):
             return None
         raise
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # ---- on the cluster ----
@@ -309,7 +363,8 @@ def run_job(module: str, config_uri: str, world_size: int, device: str) -> int:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     ray.init(log_to_driver=False)
-    use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    # Asked for by name they are waited for: a cluster that grows has none while it is idle.
+    use_gpu = device == "cuda" or (device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
     ears = ray.remote(num_cpus=0)(Ears).remote()
     over, printed = threading.Event(), _Printed()
     speaker = threading.Thread(target=_print_all, args=(ears, over, printed), daemon=True)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,7 +32,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 from vc2 import errors
-from vc2.errors import LaunchFailed, Vc2Error
+from vc2.errors import LaunchFailed, Vc2Error, first_line
 from vc2.launch import PARENT, cpu_count
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def hold(num_cpus: int) -> NoReturn:
     try:
         address, folder = _connect(num_cpus)
     except Exception as error:
-        why = error if isinstance(error, LaunchFailed) else LaunchFailed(f"Ray: {_first_line(error)}", "communication")
+        why = error if isinstance(error, LaunchFailed) else LaunchFailed(f"Ray: {first_line(error)}", "communication")
         tell({"error": LaunchFailed.__name__, "message": str(why), "kind": why.kind})
         os._exit(1)
     threading.Thread(target=_watch_ray, args=(address, folder, tell), daemon=True).start()
@@ -327,7 +327,7 @@ def _answer(question: Mapping[str, Any], dropped: set[int], tell: Tell) -> None:
         tell({"error": "", "message": str(error)})
     except Exception as error:
         is_memory = type(error).__name__ == "OutOfMemoryError"
-        kind, message = "memory" if is_memory else "communication", f"Ray: {_first_line(error)}"
+        kind, message = "memory" if is_memory else "communication", f"Ray: {first_line(error)}"
         tell({"error": LaunchFailed.__name__, "message": message, "kind": kind})
     else:
         tell({"is_over": True})
@@ -343,10 +343,6 @@ def _call(row: dict[str, str]) -> dict[str, str]:
     return {"said": json.dumps(said)}
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _connect(num_cpus: int) -> tuple[str, Path | None]:
     """Ray, connected: address of its head, and the folder of a private session. Its files lie in a temporary folder
     (Ray's socket paths must be short), removed at the end, or by the next session after a kill."""
@@ -359,6 +355,7 @@ def _connect(num_cpus: int) -> tuple[str, Path | None]:
         # And its head is not coming back: whoever loses it ends soon, rather than asking for a minute.
         os.environ |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
     if folder is None:
+        _knock(named)
         import ray
 
         ray.init(named, log_to_driver=False, logging_level=logging.ERROR)
@@ -374,6 +371,25 @@ def _connect(num_cpus: int) -> tuple[str, Path | None]:
     import ray
 
     return ray.get_runtime_context().gcs_address, folder
+
+
+def _knock(named: str) -> None:
+    """See that something answers there: where nothing does, Ray ends the process that asks it, without an exception.
+
+    Raises:
+        LaunchFailed: If nothing does.
+    """
+    host, _, port = named.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # `auto` and the like: Ray looks for it
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise LaunchFailed(
+            f"Ray: nothing answers at {named} ({error.strerror or error}), the RAY_ADDRESS; start a head there, "
+            "or unset it to use this machine",
+            "communication",
+        ) from None
 
 
 def _start_ray(folder: Path, num_cpus: int) -> None:
@@ -395,7 +411,7 @@ def _start_ray(folder: Path, num_cpus: int) -> None:
             ray.shutdown()
             if attempt == RAY_STARTS - 1:
                 raise LaunchFailed(
-                    f"Ray did not start on this machine ({_first_line(error)}); is it very busy, or {folder.parent} "
+                    f"Ray did not start on this machine ({first_line(error)}); is it very busy, or {folder.parent} "
                     f"full? Its logs: {folder}",
                     "communication",
                 ) from error
@@ -403,16 +419,14 @@ def _start_ray(folder: Path, num_cpus: int) -> None:
 
 def _watch_ray(address: str, folder: Path | None, tell: Tell) -> None:
     """End this process when Ray is lost, and say so: by itself it would abort after a while, or wait for ever."""
-    import psutil
-
-    own = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")] if folder else []
+    own = [(child, name) for child, name in _named_children() if name in ("raylet", "gcs_server")] if folder else []
     host, _, port = address.rpartition(":")
     is_local, missed = host == LOOPBACK, 0
     while is_local:
         time.sleep(OURS)
-        for process in own:
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                tell({"lost": f"its {'head' if 'gcs' in process.name() else 'node'} has ended"})
+        for process, name in own:
+            if _has_ended(process):
+                tell({"lost": f"its {'head' if 'gcs' in name else 'node'} has ended"})
                 os._exit(1)
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
@@ -424,11 +438,28 @@ def _watch_ray(address: str, folder: Path | None, tell: Tell) -> None:
             os._exit(1)
 
 
+def _named_children() -> "Iterator[tuple[psutil.Process, str]]":
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it is gone
+            yield child, child.name()
+
+
+def _has_ended(process: "psutil.Process") -> bool:
+    import psutil
+
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two questions
+        return True
+
+
 def _ray_folder() -> Path:
     root = Path(tempfile.gettempdir())
     for old in root.glob("vc2-ray-*-*"):
-        owner = int(old.name.split("-")[2])
-        if not Path(f"/proc/{owner}").exists():
+        owner = old.name.split("-")[2]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():  # others may choose such names too
             shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"vc2-ray-{os.getpid()}-", dir=root))
 
@@ -449,33 +480,53 @@ def _start_warden(folder: Path) -> None:
 
 
 def _keep_watch(folder: Path) -> None:
-    """Wait until the owner of a Ray session ends; then see that nothing of it is left."""
+    """Wait until the owner of a Ray session ends; then see that nothing of it is left.
+
+    What Ray starts carries the mark of its session. But a worker that renames itself may write over it: so who was born
+    of whom is noted while the owner lives.
+    """
     import psutil
 
-    owner = psutil.Process(int(os.environ[PARENT]))
-    family: set[psutil.Process] = set()
-    while os.getppid() == owner.pid:
-        try:
-            for child in owner.children():
-                if child not in family and child.environ().get(RAY_SESSION) == str(folder):
-                    family.add(child)
-        except psutil.Error:
-            pass
-        family |= {process for known in list(family) for process in _children(known)}
-        time.sleep(OURS)
-    for process in family:
+    owner, family = int(os.environ[PARENT]), set[psutil.Process]()
+    while os.getppid() == owner:
         with suppress(psutil.Error):
-            process.kill()
+            family |= _marked(folder, psutil.Process(owner).children())
+        family |= _children(family)
+        time.sleep(OURS)
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:  # again, for what is born while its parents are killed
+        family |= _marked(folder, psutil.process_iter())
+        family |= _children(family)
+        alive = [process for process in family if not _has_ended(process)]
+        if not alive:
+            break
+        for process in alive:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=OURS)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _children(process: "psutil.Process") -> "list[psutil.Process]":
+def _marked(folder: Path, processes: "Iterable[psutil.Process]") -> "set[psutil.Process]":
+    """Those that were started with the mark of the session of that folder."""
     import psutil
 
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
+    found = set[psutil.Process]()
+    for process in processes:
+        with suppress(psutil.Error):  # it is gone, or somebody else's
+            if process.environ().get(RAY_SESSION) == str(folder):
+                found.add(process)
+    return found
+
+
+def _children(family: "set[psutil.Process]") -> "set[psutil.Process]":
+    import psutil
+
+    found = set[psutil.Process]()
+    for process in family:
+        with suppress(psutil.Error):
+            found |= set(process.children(recursive=True))
+    return found
 
 
 if __name__ == "__main__":

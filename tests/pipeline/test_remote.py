@@ -24,9 +24,9 @@ from vc2.eval.generate import generate
 from vc2.eval.measure import take_lines
 from vc2.miniature.config import WorldConfig
 from vc2.pipeline.recipes import resolve
-from vc2.pipeline.remote import ShardCall, _moved, prepare_as_job
-from vc2.ray_jobs import is_running
-from vc2.storage import LocalStore
+from vc2.pipeline.remote import HERE, _moved, prepare_as_job
+from vc2.ray_jobs import has_ended, is_running, job_id, submit
+from vc2.storage import LocalStore, Store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a Ray cluster on loopback")
 
@@ -88,8 +88,8 @@ def prefix_of(stage: ShardStage) -> str:
     return shard_set_prefix("mine", name_of(stage))
 
 
-def job_of(stage: ShardStage, attempt: int) -> str:
-    return f"vc2-shard-mine-{name_of(stage)[:12]}-{attempt}"
+def job_of(stage: ShardStage, store: Store, attempt: int) -> str:
+    return job_id(f"vc2-shard-mine-{name_of(stage)[:12]}", store, attempt)
 
 
 def attempts(store: LocalStore, folder: str) -> list[str]:
@@ -101,7 +101,7 @@ def started(stage: ShardStage, store: LocalStore, work: Path, attempt: int) -> s
     words = [stage.model_dump_json(), store.uri, str(work), name_of(stage)]
     starter = subprocess.Popen([sys.executable, "-c", CALLER, *words], stderr=subprocess.DEVNULL)
     while f"{attempt:04d}.json" not in attempts(store, f"{prefix_of(stage)}/jobs") or not is_running(
-        job_of(stage, attempt)
+        job_of(stage, store, attempt)
     ):
         assert starter.poll() is None
         time.sleep(0.1)
@@ -129,7 +129,7 @@ def test_shards_are_the_same_whoever_is_lost_or_changes_their_mind(
     starter = started(stage, store, tmp_path, 1)
     starter.send_signal(signal.SIGTERM)
     starter.wait()
-    assert not is_running(job_of(stage, 1))
+    assert not is_running(job_of(stage, store, 1))
     _, alive = psutil.wait_procs(on_cluster(head, "vc2.pipeline.remote"), timeout=20)
     assert alive == []
 
@@ -171,8 +171,12 @@ def test_samples_and_scores_are_the_same(head: RayHead, tmp_path: Path) -> None:
 def test_a_job_that_is_lost_with_its_cluster_is_submitted_again(
     stage: ShardStage, head: RayHead, by_this_process: dict[str, str], tmp_path: Path
 ) -> None:
-    """kill -9 of the head in the middle; it is started again and knows of nothing. Whoever waits has it done anew."""
+    """kill -9 of the head in the middle; it is started again and knows of nothing. Whoever waits has it done anew. Nor
+    is a job that has ended taken for one that was asked for just now, whatever its name."""
     store, kills = LocalStore(tmp_path / "store"), []
+    submit(["this"], job_of(stage, store, 1))
+    while not has_ended(job_of(stage, store, 1)):
+        time.sleep(0.1)
 
     def kill_once(work: str, done: int, total: int | None = None, **figures: float | str) -> None:
         if not kills:
@@ -182,15 +186,37 @@ def test_a_job_that_is_lost_with_its_cluster_is_submitted_again(
 
     assert prepare_as_job(stage, store, tmp_path, fingerprint=name_of(stage), progress=kill_once) is not None
     assert kills and contents(store, stage) == by_this_process
+    assert attempts(store, f"{prefix_of(stage)}/jobs") == ["0001.json", "0002.json"]
+
+
+def test_whoever_is_asked_to_stop_while_a_job_is_submitted_leaves_none(
+    head: RayHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, when the job server has taken the job and the starter does not know it yet."""
+    from ray.job_submission import JobSubmissionClient
+
+    take = JobSubmissionClient.submit_job
+
+    def take_and_interrupt(*asked: object, **settings: object) -> None:
+        take(*asked, **settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JobSubmissionClient, "submit_job", take_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        submit(["http.server", "0", "--bind", "127.0.0.1"], "vc2-interrupted")
+    assert has_ended("vc2-interrupted")
+
+
+def test_the_same_work_for_another_store_is_another_job(stage: ShardStage, tmp_path: Path) -> None:
+    stores = [LocalStore(tmp_path / name) for name in ("a", "b")]
+    assert len({job_of(stage, store, 1) for store in stores}) == 2
 
 
 def test_a_job_looks_for_its_small_world_where_it_makes_it(tmp_path: Path) -> None:
-    """Paths of the starter's work folder become those of the job's; all else stays."""
-    world = WorldConfig(num_videos=3)
-    stages = [resolve("miniature", {"world": {"num_videos": 3}}, work=tmp_path / place).jdb for place in ("a", "b")]
-    asked = ShardCall(
-        stage=stages[0], store="/s", work=str(tmp_path / "a"), fingerprint="f", change=None, removals=(), repeat=0,
-        only=None, world=world,
-    )  # fmt: skip
-    assert _moved(asked, tmp_path / "b") == stages[1]
-    assert _moved(asked.evolve(world=None), tmp_path / "b") == stages[0]
+    """Paths of the starter's work folder become those of the job's; all else stays. The request names neither."""
+    world = WorldConfig(num_videos=16)
+    stages = [resolve("miniature", {"world": {"num_videos": 16}}, work=tmp_path / place).jdb for place in ("a", "b")]
+    asked = [_moved(stage, world, tmp_path / place, HERE) for stage, place in zip(stages, "ab", strict=True)]
+    assert asked[0] == asked[1] and str(tmp_path) not in asked[0].model_dump_json()
+    assert _moved(asked[0], world, HERE, tmp_path / "b") == stages[1]
+    assert _moved(stages[0], None, HERE, tmp_path / "b") == stages[0]

@@ -292,13 +292,13 @@ def test_a_ray_job_trains_the_same_and_outlives_whoever_started_it(
     make_place: Callable[[], Place], by_torchrun: Checkpoint, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks on two nodes. The caller is killed in the middle; the next one attaches to the same job."""
-    from vc2.ray_jobs import is_running
+    from vc2.ray_jobs import is_running, job_id
 
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_cluster)
     place = make_place()
     stage = place.stage.evolve(launcher="ray", micro_batch=2)
     run = Run(place.store, "full", NAME)
-    job = f"vc2-train-full-{NAME[:12]}-1"
+    job = job_id(f"vc2-train-full-{NAME[:12]}", place.store, 1)
     caller = subprocess.Popen(place.call(stage), stdout=subprocess.DEVNULL)
     while not (run.newest() and is_running(job)):
         assert caller.poll() is None
@@ -328,11 +328,22 @@ def test_without_a_cluster_it_says_what_to_set(
 
 
 class JobServer(http.server.BaseHTTPRequestHandler):
-    """Says that it is one, and nothing else."""
+    """Says that it is one, that a job runs, and that it will be stopped; of its log it knows nothing."""
 
     def do_GET(self) -> None:
-        said = json.dumps({"version": "4", "ray_version": "2.0", "ray_commit": "", "session_name": ""}).encode()
-        self.send_response(200)
+        if self.path.endswith("/logs"):
+            self.answer(500, {})
+        elif "/jobs/" in self.path:
+            self.answer(200, {"type": "SUBMISSION", "submission_id": "job-1", "status": "RUNNING", "entrypoint": ""})
+        else:
+            self.answer(200, {"version": "4", "ray_version": "2.0", "ray_commit": "", "session_name": ""})
+
+    def do_POST(self) -> None:
+        self.answer(200, {"stopped": True})
+
+    def answer(self, status: int, answer: dict[str, object]) -> None:
+        said = json.dumps(answer).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
         self.wfile.write(said)
@@ -358,6 +369,29 @@ def test_a_job_server_that_is_away_for_a_moment_ends_nothing(monkeypatch: pytest
     monkeypatch.setattr(job, "cancel", lambda: pytest.fail("a job that may be well was stopped"))
     with pytest.raises(Unheard, match="has not answered"):
         watch(job)
+
+
+def test_a_job_that_cannot_be_heard_or_stopped_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While its status is known it is watched, though its log cannot be had; if it does not stop, that is an error."""
+    from ray.job_submission import JobSubmissionClient
+
+    from vc2.ray_jobs import RayJob
+
+    monkeypatch.setattr("vc2.ray_jobs.SILENCE", 0.0)
+    with http.server.HTTPServer(("127.0.0.1", 0), JobServer) as server:
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        try:
+            job = RayJob(JobSubmissionClient(f"http://127.0.0.1:{server.server_port}"), "job-1")
+            assert [job.poll(), job.poll()] == [None, None]
+            job.grace = 0.1
+            job.cancel()
+        finally:
+            server.shutdown()
+            answering.join()
+    assert "it is still RUNNING" in caplog.text and "ray job stop job-1" in caplog.text
 
 
 @pytest.mark.parametrize(("visible", "number"), [("3", 0), ("0,1,2,3", 3), ("", 3)])

@@ -4,8 +4,9 @@
     Ray Job           `python -m vc2.pipeline.remote URI`    `vc2.data.prepare`, on the head; spreads over the cluster
     store             shards/<source>/<fp>/jobs/<n>.json     what attempt n was asked
 
-The job is named `vc2-shard-<source>-<fingerprint>-<n>`. All machines of the cluster must reach the raw data and the
-store under the same names. A small world is made by the job itself, in its own work folder, which they must share too.
+The job is named `vc2-shard-<source>-<fingerprint>-<store>-<n>`. All machines of the cluster must reach the raw data and
+the store under the same names. A small world is made by the job itself, in its own work folder, which they must share
+too.
 """
 
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from vc2.artifacts import ShardSet, find, shard_set_prefix
 from vc2.config import Config, canonical_json
 from vc2.data.config import Change, ShardStage
-from vc2.errors import LaunchFailed, StoreError
+from vc2.errors import LaunchFailed, StoreError, first_line
 from vc2.launch import report, run_rank
 from vc2.miniature.config import WorldConfig
 from vc2.pipeline.recipes import world_folder
@@ -27,15 +28,18 @@ from vc2.storage import Store, open_store
 
 __all__ = ["ShardCall", "main", "prepare_as_job"]
 
+HERE = Path("$VC2_WORK")  # in a request: the work folder of whoever does it
 TOLD_EVERY = 1.0  # seconds between two reports on one work: the whole log is read anew each time
 
 
 class ShardCall(Config):
-    """What a job is asked: the arguments of `vc2.data.prepare.prepare`, and the world that its raw data is of."""
+    """What a job is asked: the arguments of `vc2.data.prepare.prepare`, and the world that its raw data is of.
 
-    stage: ShardStage
+    It is the same whoever asks, so that a job that was asked for is recognised.
+    """
+
+    stage: ShardStage  #: its small world lies in the folder `HERE`, whichever that is
     store: str  #: URI
-    work: str  #: folder of the machine that asks
     fingerprint: str
     change: Change | None
     removals: tuple[str, ...]
@@ -73,9 +77,8 @@ def prepare_as_job(
     if (done := find(store, prefix, ShardSet)) is not None:
         return done
     asked = ShardCall(
-        stage=config,
+        stage=_moved(config, world, work.absolute(), HERE),
         store=store.uri,
-        work=str(work.absolute()),
         fingerprint=fingerprint,
         change=change,
         removals=tuple(removals),
@@ -111,7 +114,7 @@ def main(uri: str) -> None:
     work = Path(os.environ.get("VC2_WORK") or Path(tempfile.gettempdir()) / "vc2")
     work.mkdir(parents=True, exist_ok=True)
     told = _Seldom()
-    with ready(asked.world, _moved(asked, work), work, told, host=_own_address()) as stage:
+    with ready(asked.world, _moved(asked.stage, asked.world, HERE, work), work, told, host=_own_address()) as stage:
         prepare(
             stage,
             open_store(asked.store),
@@ -130,7 +133,7 @@ def _read(uri: str) -> ShardCall:
     try:
         return ShardCall.model_validate_json(open_store(folder).read(name))
     except (KeyError, ValueError) as error:
-        raise StoreError(f"{uri}: nothing is asked there ({str(error).splitlines()[0]})") from None
+        raise StoreError(f"{uri}: nothing is asked there ({first_line(error)})") from None
 
 
 def _own_address() -> str:
@@ -141,14 +144,13 @@ def _own_address() -> str:
         return probe.getsockname()[0]
 
 
-def _moved(asked: ShardCall, work: Path) -> ShardStage:
-    """The stage with its world where this machine makes it."""
-    if asked.world is None:
-        return asked.stage
-    there, here = (str(world_folder(asked.world, folder)) for folder in (Path(asked.work), work))
-    source = asked.stage.source
-    paths = {name: value for name, value in source if isinstance(value, str) and value.startswith(there)}
-    return asked.stage.evolve(source=source.evolve(**{name: here + paths[name][len(there) :] for name in paths}))
+def _moved(stage: ShardStage, world: WorldConfig | None, old: Path, new: Path) -> ShardStage:
+    """The stage with its small world in another work folder."""
+    if world is None:
+        return stage
+    there, here = (str(world_folder(world, folder)) for folder in (old, new))
+    paths = {name: value for name, value in stage.source if isinstance(value, str) and value.startswith(there)}
+    return stage.evolve(source=stage.source.evolve(**{name: here + paths[name][len(there) :] for name in paths}))
 
 
 class _Seldom:

@@ -34,7 +34,7 @@ from vc2.train.kept import adopt
 from vc2.train.probe import fitting_micro_batch
 from vc2.train.request import AUTOENCODER, RankRequest
 
-__all__ = ["frozen_autoencoder", "gpu_count", "train"]
+__all__ = ["frozen_autoencoder", "gpu_count", "most_ranks", "open_world_size", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,13 @@ def _next_move(asked: _Asked) -> Checkpoint | RankRequest | float:
         inputs=asked.inputs,
         repeat=asked.repeat,
     )
-    return request if run.claim(_attempt(request, damaged)) else 0.0
+    is_used = config.launcher == "ray" and _has_ended(run, request.attempt)  # by a run that the store has forgotten
+    if not run.claim(_attempt(request, damaged)):
+        return 0.0
+    if is_used:
+        asked.over.add(request.attempt)
+        return 0.0
+    return request
 
 
 def _earlier(asked: _Asked, ahead: int) -> Checkpoint:
@@ -289,13 +295,21 @@ def _record_end(run: Run, attempt: int, failure: Vc2Error) -> None:
 
 
 def _job_id(run: Run, attempt: int) -> str:
-    return f"vc2-train-{run.stage}-{run.fingerprint[:12]}-{attempt}"
+    from vc2.ray_jobs import job_id
+
+    return job_id(f"vc2-train-{run.stage}-{run.fingerprint[:12]}", run.store, attempt)
 
 
 def _is_running(run: Run, attempt: int) -> bool:
     from vc2.ray_jobs import is_running
 
     return is_running(_job_id(run, attempt))
+
+
+def _has_ended(run: Run, attempt: int) -> bool:
+    from vc2.ray_jobs import has_ended
+
+    return has_ended(_job_id(run, attempt))
 
 
 def _run_on_ray(asked: _Asked, request: RankRequest) -> None:
@@ -386,7 +400,7 @@ def _layout(asked: "_Asked", newest: int) -> Layout:
     """The layout asked for; what is left open is as in the run's newest attempt, or fits this machine."""
     config, run = asked.config, asked.run
     before = run.attempt(newest).layout if newest else None
-    world_size = config.world_size or _open_world_size(config, before)
+    world_size = config.world_size or open_world_size(config, before)
     share, rest = divmod(config.batch_size, world_size)
     micro_batch = config.micro_batch or (before.micro_batch if before and before.world_size == world_size else None)
     if micro_batch is None and config.launcher == "ray":
@@ -407,7 +421,7 @@ def _layout(asked: "_Asked", newest: int) -> Layout:
     return Layout(world_size=world_size, micro_batch=micro_batch, threads=threads)
 
 
-def _open_world_size(config: TrainStage, before: Layout | None) -> int:
+def open_world_size(config: TrainStage, before: Layout | None) -> int:
     """As many ranks as before, or as fewer GPUs allow: the batch stays what it is, states are re-sharded."""
     gpus = gpu_count(config) if config.launcher == "local" else 0
     if before is None:
@@ -418,11 +432,16 @@ def _open_world_size(config: TrainStage, before: Layout | None) -> int:
         return gpus or 1
     if not 0 < gpus < before.world_size:
         return before.world_size
-    found = max(number for number in range(1, gpus + 1) if config.batch_size % number == 0)
+    found = most_ranks(config, gpus)
     log.warning(
         "train/%s: %d GPUs here, %d before: going on with %d ranks", config.name, gpus, before.world_size, found
     )
     return found
+
+
+def most_ranks(config: TrainStage, gpus: int) -> int:
+    """The most ranks that a batch can be shared by on so many GPUs."""
+    return max(number for number in range(1, gpus + 1) if config.batch_size % number == 0)
 
 
 def gpu_count(config: TrainStage) -> int:
