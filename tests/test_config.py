@@ -1,7 +1,8 @@
 """Configuration: what is part of a fingerprint, and how settings are laid over a recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import jsonschema
 import pytest
 from pydantic import Field
 
@@ -64,3 +65,42 @@ def test_overrides_keep_limits_and_descriptions_and_need_nothing() -> None:
 def test_a_changed_copy_is_checked_again() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         Cat().evolve(lives=0)
+
+
+class Places(Config):
+    table: str = ""
+    others: tuple[str | None, ...] = ()
+    hosts: dict[str, str] = {}
+    by_name: dict[str, tuple[str, ...]] = {}
+    said: dict[str, Any] = {}
+    prompt: str = ""
+
+
+URL = "https://me:word@host/a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_taken"),
+    [
+        ({"table": URL}, False),
+        ({"table": f" {URL}"}, False),
+        ({"table": f"s3://bucket/a,{URL}"}, False),
+        ({"others": [None, URL]}, False),
+        ({"hosts": {"images": URL}}, False),
+        ({"by_name": {"videos": ["a", URL]}}, False),
+        ({"table": "s3://bucket/a@b"}, True),
+        ({"table": "https://***@host/a"}, True),
+        ({"prompt": f"a cat looks at {URL}"}, True),
+        ({"said": {"it": URL}}, True),
+    ],
+)
+def test_a_url_with_credentials_is_refused_wherever_a_setting_has_one(settings: dict[str, Any], is_taken: bool) -> None:
+    """By the model and by the schema of forms alike; prose and records of what was said may quote one."""
+    schema = Places.model_json_schema()
+    assert jsonschema.Draft202012Validator(schema).is_valid(settings) == is_taken
+    if is_taken:
+        assert Places.model_validate(settings)
+        return
+    with pytest.raises(ValueError, match="a user or a password") as refused:
+        Places.model_validate(settings)
+    assert "word@" not in str(refused.value)

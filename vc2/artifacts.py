@@ -19,9 +19,10 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -50,6 +51,7 @@ __all__ = [
     "load_manifest",
     "newest_notes",
     "noted_prefix",
+    "notes_of",
     "put_file",
     "put_object",
     "shard_set_prefix",
@@ -278,7 +280,9 @@ def find(store: Store, prefix: str, kind: type[A]) -> A | None:
 # ---- the catalogue ----
 
 LONG = 4096  # characters of a fact that a note leaves out
-LISTED = 2000  # keys that are looked at where artifacts have no notes
+LAST_ONLY, WHOLE = ("generations",), ("removals",)  # facts of which a note has the last item, or all, however long
+LISTED = 2000  # keys that are looked at for artifacts that have no notes
+MOST = 120  # notes that are read in search of some, at most
 READERS = 8  # notes read at a time
 CENTURIES = 10**10  # seconds; what is counted down from
 
@@ -292,7 +296,8 @@ class Note(Config):
 
     @classmethod
     def of(cls, prefix: str, manifest: Manifest) -> "Note":
-        facts = {name: value for name, value in manifest.facts.items() if len(json.dumps(value, default=str)) < LONG}
+        facts = {name: value[-1:] if name in LAST_ONLY else value for name, value in manifest.facts.items()}
+        facts = {name: value for name, value in facts.items() if name in WHOLE or _length(value) < LONG}
         size = sum(entry.size for entry in manifest.files)
         return cls(prefix=prefix, size=size, manifest=manifest.evolve(files=(), environment={}, facts=facts))
 
@@ -304,19 +309,46 @@ class Note(Config):
         return f"catalog/{folder}/{CENTURIES - int(made):010d}-{name}.json"
 
 
-def newest_notes(store: Store, folder: str, limit: int = 30) -> list[Note]:
-    """Of the artifacts in a folder (`shards/webvid`, `runs/full`, `reports`) the ones made last, the newest first.
+def newest_notes(store: Store, folder: str, limit: int = 30, *, stage: str = "") -> list[Note]:
+    """Of the artifacts in a folder (`shards/webvid`, `runs/full`, `reports`) the ones made last, the newest first; only
+    those that `stage` made, if it is named."""
+    notes = (note for note in notes_of(store, folder, at_once=limit) if stage in ("", note.manifest.stage))
+    return list(islice(notes, limit))
 
-    Few keys are listed and few objects read, however many there are. Of a store from before the catalogue a bounded
-    number of manifests stands in.
+
+def notes_of(store: Store, folder: str, *, at_once: int = 30) -> Iterator[Note]:
+    """The artifacts in a folder, the newest first, as far as somebody asks on, up to a bound: few keys are listed and
+    few objects read, however many there are.
+
+    Those that have no note follow, as in a store from before the catalogue: a bounded listing finds their manifests.
+
+    Args:
+        store: Where.
+        folder: As of `folder_of`.
+        at_once: How many are read together.
     """
-    keys = [entry.key for entry in islice(store.list(f"catalog/{folder}/"), limit)]
-    read = _read_note if keys else _read_manifest
-    if not keys:
+    noted: list[str] = []
+
+    def keys() -> Iterator[str]:
+        for entry in islice(store.list(f"catalog/{folder}/"), MOST):
+            noted.append(entry.key)
+            yield entry.key
+
+    yield from _read_all(store, keys(), _read_note, at_once)
+    known = {f"{noted_prefix(key)}/manifest.json" for key in noted}
+    if len(noted) < MOST:
         entries = (entry for entry in islice(store.list(f"{folder}/"), LISTED) if _is_manifest_key(entry.key))
-        keys = [entry.key for entry in sorted(entries, key=lambda entry: -entry.modified)[:limit]]
-    with ThreadPoolExecutor(READERS) as pool:
-        return [note for note in pool.map(lambda key: read(store, key), keys) if note is not None]
+        rest = sorted((entry for entry in entries if entry.key not in known), key=lambda entry: -entry.modified)
+        manifests = (entry.key for entry in rest[: MOST - len(noted)])
+        yield from _read_all(store, manifests, _read_manifest, at_once)
+
+
+def _read_all(
+    store: Store, keys: Iterator[str], read: Callable[[Store, str], Note | None], at_once: int
+) -> Iterator[Note]:
+    while some := list(islice(keys, at_once)):
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from filter(None, [*pool.map(partial(read, store), some)])
 
 
 def noted_prefix(key: str) -> str:
@@ -333,7 +365,7 @@ def is_there(store: Store, prefix: str) -> bool:
 def _catalogue(store: Store, note: Note) -> None:
     try:
         store.write(note.key, note.model_dump_json().encode())
-    except StoreError as error:  # the artifact is there: a hint that is not is no reason to fail
+    except (StoreError, OSError) as error:  # the artifact is there: a hint that is not is no reason to fail
         log.warning("%s is in no catalogue: %s", note.prefix, error)
 
 
@@ -341,6 +373,10 @@ def folder_of(prefix: str) -> str:
     """Where in the catalogue an artifact is noted: beside those of the same source or training stage."""
     parts = prefix.split("/")
     return "/".join(parts[: 2 if parts[0] in ("shards", "runs") else 1])
+
+
+def _length(value: Any) -> int:
+    return len(json.dumps(value, default=str))
 
 
 def _is_manifest_key(key: str) -> bool:

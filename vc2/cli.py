@@ -630,10 +630,13 @@ def _end_of_row(options: argparse.Namespace, stage: str | None) -> str | None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vc2.pipeline import driver, preview, stages
+    from vc2.pipeline import driver, preview, recipes, stages
     from vc2.ray_session import keeping_ray
 
     options.stop_after = _end_of_row(options, options.stop_after)
+    if options.shards or options.checkpoint:  # a wrong URI is said at once
+        place = _store(options, (options.work or recipes.DEFAULT_WORK).absolute())
+        driver.given_artifacts(place, options.shards, options.checkpoint)
     try:
         config, store, work = _opened(options)
         repeat = _repeat(options, config, store, options.start_at, options.stop_after)
@@ -1335,7 +1338,8 @@ def _gc(options: argparse.Namespace) -> None:
             print(f"{'pinned' if keep else 'unpinned'}  step {ref.step} of attempt {ref.attempt}")
         return
     store = _store(options, (options.work or DEFAULT_WORK).absolute())
-    found = gc.find_garbage(store, keep=options.keep, grace_hours=options.grace)
+    terms = {"keep": options.keep, "grace_hours": options.grace}
+    found = gc.collect_garbage(store, **terms) if options.yes else gc.find_garbage(store, **terms)
     if not options.json:
         for name in gc.CLASSES:
             print(f"{name:11} {len(found.classes[name]):>8} {size_text(found.sizes[name]):>10}")
@@ -1343,14 +1347,15 @@ def _gc(options: argparse.Namespace) -> None:
                 print(f"            {key}")
         for run in found.alive:
             print(f"left alone  {run}: somebody works on it")
-    delete = options.yes or (not options.dry_run and not found.is_empty and not options.json and _agreed("delete it?"))
-    if delete:
-        found = gc.collect_garbage(store, keep=options.keep, grace_hours=options.grace, shown=found)
+    is_asked = not (options.yes or options.dry_run or options.json or found.is_empty)
+    is_deleted = options.yes
+    if is_asked and _agreed("delete it?"):
+        found, is_deleted = gc.collect_garbage(store, **terms, shown=found), True
     if options.json:
-        print(json.dumps(found.model_dump(mode="json") | {"deleted": delete}, indent=1))
+        print(json.dumps(found.model_dump(mode="json") | {"deleted": is_deleted}, indent=1))
     elif found.is_empty:
         print("nothing to delete")
-    elif delete:
+    elif is_deleted:
         print("deleted")
     else:
         print("nothing was deleted" + ("" if options.dry_run else "; --yes deletes it, --dry-run lists it"))

@@ -7,7 +7,9 @@ fingerprint.
 What a field means is said once, in its description or in the comment beside it; forms show either.
 
 Secrets are no part of a configuration: it is kept in manifests, and shown. A URL with a user or a password in it is
-refused, by the model and by the schema that forms and deployments are checked with.
+refused, wherever in the first word of a setting it stands, by the model and by the schema that forms and deployments
+are checked with. Further words are prose, such as prompts and messages, and what is of any type are records of what
+was checked when it was asked for; neither is looked through.
 """
 
 import ast
@@ -47,7 +49,7 @@ def knob(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"knob": True}, **kwargs)
 
 
-CREDENTIALS = r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*@"  # how a URL begins that holds some
+CREDENTIALS = r"\s*\S*://(?!\*\*\*@)[^/?#\s]*@"  # how a text begins whose first word has some; stars blank them
 
 
 class Config(BaseModel):
@@ -70,9 +72,9 @@ class Config(BaseModel):
         return schema
 
     def model_post_init(self, context: Any, /) -> None:
-        for name, value in self.__dict__.items():
-            for text in value if isinstance(value, tuple) else (value,):
-                if isinstance(text, str) and "@" in text and re.match(CREDENTIALS, text):
+        for name in _searched(type(self)):
+            for text in _strings(getattr(self, name)):
+                if "://" in text and "@" in text and re.match(CREDENTIALS, text):
                     raise ValueError(
                         f"{name} is a URL with a user or a password, which would be stored and shown; leave them out, "
                         "or use s3://, whose credentials come from the environment"
@@ -97,8 +99,33 @@ def _texts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield schema
     for part in schema.get("anyOf", ()):
         yield from _texts(part)
-    if isinstance(schema.get("items"), dict):
-        yield from _texts(schema["items"])
+    for several in ("items", "additionalProperties"):
+        if isinstance(schema.get(several), dict):
+            yield from _texts(schema[several])
+    for part in schema.get("prefixItems", ()):
+        yield from _texts(part)
+
+
+@cache
+def _searched(model: type[Config]) -> tuple[str, ...]:
+    """Fields that are looked through for credentials: those without a part of any type."""
+
+    def is_known(annotation: Any) -> bool:
+        return annotation is not Any and all(map(is_known, typing.get_args(annotation)))
+
+    return tuple(name for name, field in model.model_fields.items() if is_known(field.annotation))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in a setting; settings within it look through their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in (*value, *value.values()):
+            yield from _strings(part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _strings(part)
 
 
 def _said_of(model: type[Config], name: str) -> str:

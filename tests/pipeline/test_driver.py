@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vc2.artifacts import Artifact, Manifest, commit
-from vc2.errors import ConfigError, StoreError
+from vc2.errors import ConfigError, LaunchFailed
 from vc2.pipeline.driver import DAG, STAGES, PlannedStage, drive, given_artifacts, next_repeat, plan
 from vc2.pipeline.recipes import PipelineConfig, resolve
 from vc2.storage import LocalStore
@@ -125,7 +125,7 @@ def test_a_range_of_stages_needs_what_comes_before(config: PipelineConfig, store
 
 
 def test_a_stage_that_ends_well_without_a_manifest_is_an_error(config: PipelineConfig, store: LocalStore) -> None:
-    with pytest.raises(StoreError, match="ended well, yet"):
+    with pytest.raises(LaunchFailed, match="ended well, yet"):
         drive(config, store, lambda stage, inputs: None)  # type: ignore[arg-type, return-value]
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from vc2.cli import main
 from vc2.data.build import _write_lines, finished_shards, read_shard
 from vc2.errors import ConfigError, StoreError
 from vc2.pipeline.gc import collect_garbage, find_garbage, run_at
-from vc2.storage import LocalStore, Store, open_store
+from vc2.storage import Entry, LocalStore, Store, open_store
 from vc2.train.attempts import (
     Attempt,
     Heartbeat,
@@ -261,6 +261,28 @@ def test_nothing_goes_that_was_not_shown_and_agreed_to(
     full.check()
     assert main(["gc", "--store", full.store.uri, "--yes"]) == 0
     assert "nothing to delete" in capsys.readouterr().out
+
+
+class Listed(LocalStore):
+    """A store that keeps what it was asked to list."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: list[str] = []
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        self.asked.append(prefix)
+        return super().list(prefix)
+
+
+def test_each_family_is_listed_once(full: Full) -> None:
+    """However much is in it, and also where it is agreed to beforehand."""
+    full.age(48)
+    store = Listed(Path(full.store.uri))
+    collect_garbage(store)
+    families = ("shards/", "runs/", "samples/", "scores/", "reports/", "objects/", "catalog/")
+    assert {family: store.asked.count(family) for family in families} == dict.fromkeys(families, 1)
+    full.check()
 
 
 def test_of_what_was_shown_only_that_goes_which_still_may(full: Full, tmp_path: Path) -> None:

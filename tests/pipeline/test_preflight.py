@@ -18,10 +18,24 @@ from vc2.errors import ConfigError
 from vc2.miniature.config import WorldConfig, autoencoder_weights, image_base_weights
 from vc2.miniature.server import serve
 from vc2.miniature.world import IMAGE_HOST, make_world
-from vc2.pipeline.driver import STAGES
-from vc2.pipeline.preflight import Finding, preflight, preflight_of_recipe, require
+from vc2.pipeline.driver import STAGES, PlannedStage, plan
+from vc2.pipeline.preflight import (
+    Finding,
+    _against,
+    _crowded,
+    _Look,
+    _unfit,
+    preflight,
+    preflight_of_recipe,
+    require,
+)
+from vc2.pipeline.preview import growth
 from vc2.pipeline.recipes import PipelineConfig, resolve
+from vc2.progress import silent
 from vc2.storage import LocalStore, open_store
+from vc2.train.attempts import Attempt, Holder, Run, StateManifest
+from vc2.train.config import Layout
+from vc2.train.rehearsal import NotStarted
 
 SMALL = WorldConfig(num_videos=16, num_web_images=24, num_jdb_images=16, num_prompts=2)
 SOURCES = [name for name in STAGES if name.startswith("shard/")]
@@ -191,6 +205,94 @@ def test_a_cluster_that_nobody_named_is_missed(
     findings = found(on_ray, place, OTHERS)
     assert [one.name for one in findings.values() if not one.is_well] == [RANKS]
     assert "no cluster is named" in findings[RANKS].found
+
+
+def begun(config: PipelineConfig, store: LocalStore, layout: Layout) -> list[PlannedStage]:
+    """The plan of a recipe whose first training was begun, in another layout maybe."""
+    name = next(stage.fingerprint for stage in plan(config, store) if stage.name == "train/full")
+    run, nobody = Run(store, "full", name), Holder(host="here", pid=1, place="another boot", started="1")
+    assert run.claim(Attempt(number=1, start=None, layout=layout, holder=nobody, heartbeat_seconds=1e-9, request={}))
+    state = StateManifest(attempt=1, step=1, samples=0, ema_updates=0, updates=0, layout=layout, files=())
+    store.write(f"{run.state_prefix(state.ref)}/manifest.json", state.model_dump_json().encode())
+    return plan(config, store)
+
+
+def test_a_run_that_lost_a_gpu_goes_on_with_fewer(
+    config: PipelineConfig, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many ranks are tried as the stage would start: the most that share its batch on what is left."""
+    store, asked = LocalStore(place / "store"), {"launcher": "local", "device": "cuda", "batch_size": 8}
+    config = config.evolve(full=config.full.evolve(**asked))
+    planned = begun(config, store, Layout(world_size=8, micro_batch=1, threads=1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6")
+    look = _Look(config, store, place / "work", ["train/full"], {stage.name: stage for stage in planned}, {}, silent)
+    assert look._world_sizes == {"train/full": 4}
+    assert _unfit(config.full, "full", 4, look._before["train/full"]) is None
+    anew = _Look(config, store, place / "work", ["train/full"], {}, {}, silent)
+    assert anew._world_sizes == {"train/full": 7}  # which the stage would refuse: nothing says how many it may be
+    assert _unfit(config.full, "full", 7, None) is not None
+
+
+def test_a_run_on_a_cluster_goes_on_as_it_was(config: PipelineConfig, place: Path) -> None:
+    """Ranks and micro-batch are known by its newest attempt; anew they have to be said."""
+    store = LocalStore(place / "store")
+    config = config.evolve(full=config.full.evolve(launcher="ray", world_size=None, micro_batch=None))
+    before = Layout(world_size=4, micro_batch=2, threads=1)
+    planned = {stage.name: stage for stage in begun(config, store, before)}
+    look = _Look(config, store, place / "work", ["train/full"], planned, {}, silent)
+    assert _unfit(config.full, "full", look._world_sizes["train/full"], look._before["train/full"]) is None
+    assert "how many ranks" in (_unfit(config.full, "full", 1, None) or ("",))[0]
+
+
+def test_a_cluster_that_may_grow_is_not_refused() -> None:
+    """Too few GPUs now is said, and tried; only where nothing came, and there are still too few, it is not well."""
+    few = _against("ranks", {"machines": 1, "CPU": 4}, 2, 2)
+    many = _against("ranks", {"machines": 3, "CPU": 20, "GPU": 2}, 2, 2)
+    assert few.is_well and not few.was_tried and "0 GPUs" in few.found
+    assert many.is_well and many.was_tried
+    late = NotStarted("the 2 ranks did not start in 900 s", "communication")
+    small, busy = _crowded(few, "full", late), _crowded(many, "full", late)
+    assert not small.is_well and small.was_tried and "full.world_size" in small.remedy and "900 s" in small.found
+    assert busy.is_well and not busy.was_tried and "Other work has it" in busy.found
+
+
+def test_an_evaluation_on_a_cluster_is_looked_at_without_gpus_too(
+    config: PipelineConfig, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    config = config.evolve(evaluation=config.evaluation.evolve(launcher="ray", device="cpu"))
+    finding = found(config, place, ["evaluate/evalcrafter"])["ranks of evaluate/evalcrafter"]
+    assert not finding.is_well and "no cluster is named" in finding.found
+
+
+def test_room_is_asked_for_what_is_not_there_yet(config: PipelineConfig, place: Path) -> None:
+    """Fetched parts, built shards and train states of a run that goes on are subtracted."""
+    store, names = LocalStore(place / "store"), ["shard/laion-coco", "train/full"]
+
+    def room() -> int:
+        planned = {stage.name: stage for stage in plan(config, store)}
+        look = _Look(config, store, place / "work", names, planned, {}, silent)
+        assert all(one.is_well for one in look._sources())
+        return look.shard_room + growth([*planned.values()], config, store, ["train/full"])
+
+    (place / "work").mkdir()
+    before, fetched = room(), 3000
+    stage = next(stage for stage in plan(config, store) if stage.name == "shard/laion-coco")
+    ledger = next(track for track, (thing, _) in stage.tracks.items() if thing == "part")
+    store.write(f"{ledger}0000000-0123.bin", bytes(fetched))
+    store.write(f"{ledger}0000000.parquet", b"")
+    assert room() == before - fetched
+    begun(config, store, Layout(world_size=1, micro_batch=1, threads=1))
+    states = sum(entry.size for entry in store.list("runs/"))
+    assert before - fetched - states <= room() < before - fetched
+
+
+def test_a_wrong_uri_is_said_before_anything_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--work", str(tmp_path), "--progress", "none", "--shards", "/somewhere/else"]
+    assert main(["run", "paper", *where]) == 1
+    told = capsys.readouterr().err
+    assert "/somewhere/else is not in the store" in told and "MISSING" not in told
 
 
 def test_without_a_store_no_rank_is_started(config: PipelineConfig, place: Path) -> None:

@@ -8,11 +8,12 @@ import pytest
 
 from benchmarks.counted import stages_of
 from tests.pipeline.finished import SECONDS, finish
+from vc2.artifacts import commit, load_manifest
 from vc2.cli import main
 from vc2.config import merge
 from vc2.errors import ConfigError, SourceError
 from vc2.pipeline.driver import FIELDS, asked_of, plan
-from vc2.pipeline.preview import PlanRow, lines_of, previewed, spent, total
+from vc2.pipeline.preview import PlanRow, growth, lines_of, previewed, spent, total
 from vc2.pipeline.recipes import PipelineConfig, resolve
 from vc2.pipeline.table3 import Row
 from vc2.storage import LocalStore
@@ -81,6 +82,43 @@ def test_shards_take_as_long_as_rows_of_the_same_raw_data(
     ):
         row = rows_of(strange, store)["shard/webvid"]
         assert row.hours is None and row.cells()["time"] == "?" and "--dry-run" in row.basis
+
+
+def rewritten(store: LocalStore, prefix: str, **changes: Any) -> None:
+    """An artifact as it would be noted with other facts."""
+    manifest = load_manifest(store, prefix)
+    store.delete(f"{prefix}/manifest.json")
+    commit(store, prefix, manifest.evolve(**changes))
+
+
+def test_a_set_that_was_resumed_has_measured_nothing(config: PipelineConfig, store: LocalStore) -> None:
+    """Its seconds are those of the last attempt alone."""
+    made = finish(config, store)["shard/webvid"]
+    other = merge(config, {"webvid": {"seed": 5}})
+    facts = load_manifest(store, made.prefix).facts
+    for resumed, is_measured in (({}, True), ({"resumed_shards": 2}, False), ({"resumed_parts": 2}, False)):
+        rewritten(store, made.prefix, facts=facts | resumed)
+        assert (rows_of(other, store)["shard/webvid"].hours is not None) == is_measured
+
+
+def test_bytes_are_those_that_the_store_still_grows_by(config: PipelineConfig, store: LocalStore) -> None:
+    """What a stage has stored already is not asked for again."""
+    finish(config, store)
+    longer = merge(config, {"full": {"seed": 5}})
+    whole = rows_of(longer, store)["train/full"].bytes or 0
+    run = begin(longer, store, 90)
+    there = sum(entry.size for entry in store.list(f"{run.prefix}/states/"))
+    store.write(f"{run.state_prefix(StateRef(attempt=1, step=90))}/rank-0-master.safetensors", bytes(5000))
+    assert rows_of(longer, store)["train/full"].bytes == whole - there - 5000
+    other = merge(config, {"webvid": {"seed": 5}})
+    prefix = next(stage.prefix for stage in plan(other, store) if stage.name == "shard/webvid")
+    store.write(f"{prefix}/planned.json", b'{"shards": 4}')
+    store.write(f"{prefix}/parts/shard-000000.0123456789abcdef.parquet", b"built")
+    row = rows_of(other, store)["shard/webvid"]
+    assert (row.state, row.bytes) == ("partial", 750)
+    assert row.hours == pytest.approx(0.75 * (SECONDS - 60) / 3600)  # 60 of them were for fetching, which is over
+    assert growth(plan(longer, store), longer, store, ["train/full"]) == whole - there - 5000
+    assert growth(plan(config, store), config, store, [*FIELDS]) == 0
 
 
 def test_hours_on_gpus_are_those_of_a_dry_run(config: PipelineConfig, store: LocalStore) -> None:
@@ -157,6 +195,18 @@ def test_what_was_spent_is_added_up_over_attempts(config: PipelineConfig, store:
     [row] = spent(plan(other, store), store)
     assert row.cpu_hours == pytest.approx(20) and row.gpu_hours == 0 and row.usd is None
     assert row.cells()["USD"] == ""
+
+
+def test_a_report_costs_what_its_samples_and_scores_have_cost(config: PipelineConfig, store: LocalStore) -> None:
+    """Those of the base too."""
+    report = finish(config, store)["evaluate/evalcrafter"]
+    inputs = dict(load_manifest(store, report.prefix).inputs)
+    for role, kind in (("samples", "sample_set"), ("base_samples", "sample_set"), ("scores", "scorecard")):
+        manifest = load_manifest(store, report.prefix).evolve(kind=kind, inputs={}, seconds=SECONDS)
+        inputs[role] = commit(store, f"{role}/1", manifest)
+    rewritten(store, report.prefix, inputs=inputs, seconds=1.0)
+    [row] = [row for row in spent(plan(config, store), store) if row.stage == "evaluate/evalcrafter"]
+    assert row.hours == pytest.approx(3 * SECONDS / 3600)
 
 
 def test_what_is_left_out_of_a_run_is_left_out_of_its_plan(config: PipelineConfig, store: LocalStore) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.finished import finish
-from vc2.artifacts import Manifest, commit, newest_notes
+from vc2.artifacts import Manifest, commit, load_manifest, newest_notes
 from vc2.config import merge
 from vc2.errors import ConfigError
 from vc2.pipeline.driver import FIELDS, STAGES, plan
@@ -194,6 +194,18 @@ def test_a_store_from_before_the_catalogue_is_looked_through(config: PipelineCon
     for entry in [*store.list("catalog/")]:
         store.delete(entry.key)
     assert keys(why(merge(config, {"full": {"seed": 5}}), store)["train/full"]) == ["full.seed"]
+
+
+def test_a_set_of_many_generations_is_told_from_changed_data(config: PipelineConfig, store: LocalStore) -> None:
+    """However long its history: what its note leaves out is no difference."""
+    made = finish(config, store)["shard/webvid"]
+    manifest = load_manifest(store, made.prefix)
+    store.delete(f"{made.prefix}/manifest.json")
+    history = [{"change": {"kind": "grow"}, "ledger": f"ledgers/webvid/{number:064x}"} for number in range(99)]
+    commit(store, made.prefix, manifest.evolve(facts=manifest.facts | {"generations": history}))
+    assert keys(why(merge(config, {"webvid": {"seed": 5}}), store)["shard/webvid"]) == [
+        "webvid.seed", "webvid.generation",
+    ]  # fmt: skip
 
 
 def test_a_note_of_what_is_gone_or_torn_is_passed_over(config: PipelineConfig, store: LocalStore) -> None:

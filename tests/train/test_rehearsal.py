@@ -17,8 +17,8 @@ import pytest
 from vc2.errors import LaunchFailed
 from vc2.storage import LocalStore
 from vc2.train import rehearsal
-from vc2.train.config import TrainStage
-from vc2.train.rehearsal import rehearse
+from vc2.train.config import Layout, TrainStage
+from vc2.train.rehearsal import RehearsalRequest, rehearse
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed and gloo over loopback: Linux")
 
@@ -111,6 +111,21 @@ def test_ranks_that_do_not_meet_are_told_in_a_sentence(
     assert psutil.wait_procs(a_rank_that_never_comes, timeout=30)[1] == []
     assert ranks_of(psutil.Process()) == []
     assert keys(store) == []
+
+
+def test_a_rank_that_fails_leaves_nothing_on_its_disk(store: LocalStore, tmp_path: Path) -> None:
+    """It is the rank's own: on a cluster nobody else can clear it. Here its state cannot be kept."""
+    name, layout = "f" * 32, Layout(world_size=1, micro_batch=1, threads=1)
+    store.write(f"rehearsals/{name}/states", b"a file where states would be")
+    stage = TrainStage(device="cpu", batch_size=1, micro_batch=1, world_size=1)
+    request = RehearsalRequest(
+        stage=stage, store=store.uri, work=str(tmp_path / "work"), name=name, layout=layout, patience=4.0
+    )
+    (tmp_path / "request.json").write_text(request.model_dump_json())
+    command = [sys.executable, "-m", "vc2.train.rehearsal_rank", str(tmp_path / "request.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "@error" in done.stdout
+    assert [*(tmp_path / "work" / "states").iterdir()] == []
 
 
 def test_a_rehearsal_that_is_killed_leaves_nothing_running(

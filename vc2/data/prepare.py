@@ -144,6 +144,7 @@ class _Making:
 
     def _fetch(self) -> None:
         """Complete the ledger; gives up after the first rows if they are hopeless."""
+        self.job.resumed["parts"] = len(ledgers.part_names(self.store, self.ledger))
         if ledgers.is_complete(self.store, self.ledger):
             return
         selection = Selection(self.job.change, self.job.parent, limit=self.config.limit)
@@ -362,6 +363,7 @@ class _Making:
         numbers = {self.job.first_shard + group: group for group in range(total)}
         missing = {shard: group for shard, group in numbers.items() if shard not in finished}
         asked = [shard for shard in missing if only is None or shard in only]
+        self.job.resumed["shards"] = total - len(asked)  # those that others build in the meantime too
         items = (
             self.common | {"shard": shard, "group": missing[shard], "plan_sha256": self.plan.sha256} for shard in asked
         )

@@ -48,6 +48,7 @@ class Job:
     archives: list[list[Any]]  #: likewise, `config.archive_marks`
     removals: list[str]  #: sha256 of the removal lists that it heeds
     seconds: dict[str, float] = field(default_factory=dict)  #: what took how long
+    resumed: dict[str, int] = field(default_factory=dict)  #: parts and shards that were there, which no second is of
 
     @classmethod
     def of(
@@ -273,6 +274,7 @@ def commit_set(job: Job, made: Gathered, started: float) -> ShardSet:
             "fps_histogram": {str(fps): count for fps, count in sorted(made.index.fps.items()) if fps},
             "generations": [*(job.parent.generations if job.parent else []), generation],
             "seconds": job.seconds,
+            **{f"resumed_{things}": number for things, number in job.resumed.items()},
         },
         licenses={source.name: source.license},
         seconds=round(time.monotonic() - started, 2),

@@ -253,9 +253,8 @@ def _kept(store: Store, prefix: str, video: str, asked: Mapping[str, str], *, pa
 
 def _run(job: MeasureJob, work: Path, progress: Progress, launch: Launch) -> None:
     text = job.model_dump_json()
-    path = (
-        work / "jobs" / f"measure-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-    )  # other runs have other jobs
+    job_digest = hashlib.sha256(text.encode()).hexdigest()[:12]  # other runs have other jobs
+    path = work / "jobs" / f"measure-{job_digest}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     ranks = min(job.config.world_size, len(job.tasks))

@@ -281,6 +281,8 @@ def score(
             progress("scores", len(lines), sum(map(len, sets.values())))
         judged[name] = {figure: asdict(summary) for figure, summary in summarise(rows).items()}
 
+    there = store.list(f"{lines_folder(config, samples, repeat)}/")
+    resumed = sum(entry.key.endswith(".jsonl") for entry in there)  # videos of which no second is counted
     measured = take_lines(config, store, work, samples, repeat=repeat, progress=progress, launch=launch)
     benchmark = _benchmark(config, store, samples, measured, prompts, repeat)
     summary = {"judges": judged, "num_prompts": len(prompts), "benchmark": benchmark}
@@ -304,7 +306,7 @@ def score(
             "sets": len(sets),
             "metrics_measured": _num_measured(benchmark),
         },
-        facts={"judges": judged},
+        facts={"judges": judged, "resumed_videos": resumed},
         seconds=round(time.monotonic() - started, 3),
     )
     card = commit(store, prefix, manifest)

@@ -9,10 +9,11 @@ Every fingerprint can be computed before anything runs, so the driver knows what
 else. How a stage is run is handed in as a callable: in this process (`vc2 run`) or as a deployment (the flows).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from vc2.artifacts import (
     Artifact,
@@ -29,7 +30,7 @@ from vc2.artifacts import (
 from vc2.config import digest
 from vc2.data.config import STAGE_VERSION as SHARD_VERSION
 from vc2.data.config import ShardStage, ledger_prefix, removal_lists, shard_fingerprint, source_digest
-from vc2.errors import ConfigError, SourceError, StoreError, Vc2Error
+from vc2.errors import ConfigError, LaunchFailed, SourceError, Vc2Error
 from vc2.eval.generate import STAGE_VERSION as SAMPLE_VERSION
 from vc2.eval.generate import samples_prefix
 from vc2.pipeline.recipes import DEFAULT_WORK, PipelineConfig
@@ -43,12 +44,15 @@ __all__ = [
     "FIELDS",
     "GIVEN",
     "IMPORTED",
+    "NODES",
     "STAGES",
+    "Begun",
     "Node",
     "PlannedStage",
     "RunStage",
     "artifact_at",
     "asked_of",
+    "begun",
     "check_measurable",
     "drive",
     "given_artifacts",
@@ -56,6 +60,7 @@ __all__ = [
     "plan",
     "raw_digest",
     "reached",
+    "span",
 ]
 
 
@@ -93,7 +98,8 @@ DAG = (
 )
 GIVEN = "given by URI"  # why such a stage is done
 IMPORTED = "imported"  # the stage name of checkpoints that were made elsewhere
-STAGES: tuple[str, ...] = tuple(node.name for node in DAG)
+NODES: Mapping[str, Node] = {node.name: node for node in DAG}
+STAGES: tuple[str, ...] = tuple(NODES)
 FIELDS = {node.name: node.field for node in DAG}
 
 
@@ -114,9 +120,9 @@ class PlannedStage:
 
 
 class RunStage(Protocol):
-    """Makes the artifact of one stage; returns its reference."""
+    """Makes the artifact of one stage. Whether it did is asked of the store."""
 
-    def __call__(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact: ...
+    def __call__(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> object: ...
 
 
 def plan(
@@ -174,6 +180,34 @@ def reached(stage: PlannedStage, store: Store) -> int:
     return sum(_counts_of_tracks(stage, store).values())
 
 
+class Begun(NamedTuple):
+    """What is in the store of a stage that is not done, and will not be stored again."""
+
+    state_bytes: int = 0  # of training: its train states
+    raw_bytes: int = 0  # of shards: what was fetched
+    built: float = 0.0  # of shards: the share that is built
+
+
+def begun(stage: PlannedStage, store: Store) -> Begun:
+    """What is there already of a stage's bytes, by listings of its own folders."""
+    if stage.state != "partial":
+        return Begun()
+    if stage.name in TRAINED:
+        run = Run(store, TRAINED[stage.name], stage.fingerprint)
+        return Begun(state_bytes=sum(entry.size for entry in store.list(f"{run.prefix}/states/")))
+    fetched = [track for track, (thing, _) in stage.tracks.items() if thing == "part"]
+    raw_bytes = sum(entry.size for track in fetched for entry in store.list(track))
+    built = _counts_of_tracks(stage, store).get(("shard", "built"), 0)
+    return Begun(raw_bytes=raw_bytes, built=built / max(built, _planned_shards(stage, store)) if built else 0.0)
+
+
+def _planned_shards(stage: PlannedStage, store: Store) -> int:
+    try:
+        return int(json.loads(store.read(f"{stage.prefix}/planned.json"))["shards"])
+    except (KeyError, ValueError):
+        return 0
+
+
 def drive(
     config: PipelineConfig,
     store: Store,
@@ -188,9 +222,9 @@ def drive(
 
     Raises:
         ConfigError: If a stage before `start_at` is not done, or a stage is not in the DAG.
-        StoreError: If a stage says that it finished and its manifest is not in the store.
+        LaunchFailed: If a stage says that it finished and its manifest is not in the store.
     """
-    first, last = _span(start_at, stop_after)
+    first, last = span(start_at, stop_after)
     stages = plan(config, store, repeat=repeat, start_at=start_at, given=given)[: last + 1]
     check_measurable(config, stages[first:])
     made: dict[str, Artifact] = {}
@@ -205,7 +239,9 @@ def drive(
         run_stage(stage, {role: made[name] for role, name in stage.inputs.items()})
         finished = find(store, stage.prefix, DAG[number].kind)
         if finished is None:
-            raise StoreError(f"{stage.name} ended well, yet {store.uri}/{stage.prefix} has no manifest; run it again")
+            raise LaunchFailed(
+                f"{stage.name} ended well, yet {store.uri}/{stage.prefix} has no manifest; a new run makes it again"
+            )
         made[stage.name] = finished
     return made[STAGES[last]]
 
@@ -218,13 +254,17 @@ def asked_of(
     Raises:
         ConfigError: If a stage is not in the DAG, or nothing would run.
     """
-    first, last = _span(start_at, stop_after)
+    first, last = span(start_at, stop_after)
     needed = {source for node in DAG[first : last + 1] for source in node.inputs.values()}
     return [stage for number, stage in enumerate(stages[: last + 1]) if number >= first or stage.name in needed]
 
 
-def _span(start_at: str | None, stop_after: str | None) -> tuple[int, int]:
-    """Numbers of the first and the last stage that are asked for."""
+def span(start_at: str | None, stop_after: str | None) -> tuple[int, int]:
+    """Numbers of the first and the last stage that are asked for.
+
+    Raises:
+        ConfigError: If one is not in the DAG, or nothing would run.
+    """
     for name in (start_at, stop_after):
         if name and name not in STAGES:
             raise ConfigError(f"no stage {name!r}; the stages are {', '.join(STAGES)}")

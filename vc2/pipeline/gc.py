@@ -21,6 +21,7 @@ Ledgers are never garbage: what was fetched may not be there to be fetched again
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -104,9 +105,10 @@ def collect_garbage(
 def find_garbage(store: Store, *, keep: int = 2, grace_hours: float = 24.0) -> Garbage:
     """What `collect_garbage` would delete."""
     until = store.now() - grace_hours * 3600
-    runs, alive, marked = list(_runs(store)), [], _marked(store)
+    there = _There(store)
+    marked, alive = _marked(there), []
     found: dict[str, list[Entry]] = {name: [] for name in CLASSES}
-    for run in runs:
+    for run in there.runs:
         newest = run.newest()
         if newest and is_alive(run, newest):
             alive.append(run.prefix)
@@ -117,11 +119,10 @@ def find_garbage(store: Store, *, keep: int = 2, grace_hours: float = 24.0) -> G
     for entry in store.list("objects/"):
         if entry.key.removeprefix("objects/") not in marked:
             found["objects"].append(entry)
-    found["parts"] += _leftovers(store)
-    artifacts = _artifacts(store)
-    known = {part for prefix in (*artifacts, *(run.prefix for run in runs)) for part in prefix.split("/")}
-    found["catalogue"] += [entry for entry in store.list("catalog/") if noted_prefix(entry.key) not in artifacts]
-    found["catalogue"] += [entry for entry in store.list("sets/") if _set_marked(entry.key) not in artifacts]
+    found["parts"] += there.leftovers()
+    known = {part for prefix in (*there.artifacts, *(run.prefix for run in there.runs)) for part in prefix.split("/")}
+    found["catalogue"] += [entry for entry in store.list("catalog/") if noted_prefix(entry.key) not in there.artifacts]
+    found["catalogue"] += [entry for entry in store.list("sets/") if _set_marked(entry.key) not in there.artifacts]
     found["pages"] += [entry for entry in store.list("pages/") if not known.issuperset(FINGERPRINT.findall(entry.key))]
     found["probes"] += [*store.list("probe/"), *store.list("rehearsals/")]
     old = {name: [entry for entry in entries if entry.modified <= until] for name, entries in found.items()}
@@ -180,33 +181,70 @@ def pin(uri: str, *, keep: bool) -> StateRef:
 # ---- marks ----
 
 
-def _marked(store: Store) -> set[str]:
+class _There:
+    """What artifacts and runs have in a store, each family listed once, when it is first asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._entries: dict[str, list[Entry]] = {}
+
+    def entries(self, kind: str) -> list[Entry]:
+        if kind not in self._entries:
+            self._entries[kind] = [*self.store.list(f"{kind}/")]
+        return self._entries[kind]
+
+    def keys(self, *kinds: str) -> Iterator[str]:
+        return (entry.key for kind in kinds for entry in self.entries(kind))
+
+    @cached_property
+    def artifacts(self) -> set[str]:
+        """Where there are artifacts."""
+        matches = map(ARTIFACTS.fullmatch, self.keys("shards", "runs", "samples", "scores", "reports"))
+        return {found[1] for found in matches if found and "/states/" not in found[0]}
+
+    @cached_property
+    def finished_sets(self) -> set[str]:
+        """Where there are shard sets with their manifest."""
+        return {_set_of(key) for key in self.keys("shards") if re.fullmatch(r"shards/[^/]+/[^/]+/manifest\.json", key)}
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        names = {match.groups() for key in self.keys("runs") if (match := RUN.match(key))}
+        return [Run(self.store, stage, fingerprint) for stage, fingerprint in sorted(names)]
+
+    def leftovers(self) -> list[Entry]:
+        """What only making shard sets needed."""
+        return [
+            entry
+            for entry in self.entries("shards")
+            if _set_of(entry.key) in self.finished_sets and LEFTOVERS.fullmatch("/".join(entry.key.split("/")[3:]))
+        ]
+
+
+def _marked(there: _There) -> set[str]:
     """sha256 of all shared objects that something names."""
-    marked: set[str] = set()
-    for entry in store.list("shards/"):
-        if entry.key.endswith("/manifest.json"):
-            marked |= _named(load_manifest(store, entry.key.removesuffix("/manifest.json")))
-    finished = _finished_sets(store)
-    for entry in store.list("shards/"):  # shards that are there of sets that are not, and what was asked for them
-        if _set_of(entry.key) not in finished and ("/parts/" in entry.key or entry.key.endswith(".json")):
-            marked |= _found_in(store.read(entry.key))
+    store, marked = there.store, set[str]()
+    for key in there.keys("shards"):
+        if key.endswith("/manifest.json"):
+            marked |= _named(load_manifest(store, key.removesuffix("/manifest.json")))
+        elif _set_of(key) not in there.finished_sets and ("/parts/" in key or key.endswith(".json")):
+            marked |= _found_in(store.read(key))  # shards that are there of sets that are not, and what was asked
     for entry in store.list("removals/"):
         marked.add(entry.key.rsplit("/", 1)[1])
-    for entry in store.list("runs/"):
-        if re.search(r"/attempts/\d+\.json$", entry.key):
-            text = store.read(entry.key)
-            _check_attempt(store, entry.key, text)
+    for key in there.keys("runs"):
+        if re.search(r"/attempts/\d+\.json$", key):
+            text = store.read(key)
+            _check_attempt(store, key, text)
             marked |= _found_in(text)
-        elif re.search(r"/checkpoints/\d+/manifest\.json$", entry.key):
-            marked |= _named(load_manifest(store, entry.key.removesuffix("/manifest.json")))
-        elif re.search(r"/states/\d+/\d+/manifest\.json$", entry.key):
-            _check_state(store, entry.key)
-    for kind in ("samples", "scores", "reports"):
-        for entry in store.list(f"{kind}/"):
-            if re.fullmatch(rf"{kind}/[^/]+/manifest\.json", entry.key):
-                marked |= _named(load_manifest(store, entry.key.removesuffix("/manifest.json")))
-            elif entry.key.endswith(".json"):  # groups of sets that are not finished
-                marked |= _found_in(store.read(entry.key))
+        elif re.search(r"/checkpoints/\d+/manifest\.json$", key):
+            marked |= _named(load_manifest(store, key.removesuffix("/manifest.json")))
+        elif re.search(r"/states/\d+/\d+/manifest\.json$", key):
+            _check_state(store, key)
+    for key in there.keys("samples", "scores", "reports"):
+        if re.fullmatch(r"[^/]+/[^/]+/manifest\.json", key):
+            marked |= _named(load_manifest(store, key.removesuffix("/manifest.json")))
+        elif key.endswith(".json"):  # groups of sets that are not finished
+            marked |= _found_in(store.read(key))
     return marked
 
 
@@ -242,11 +280,6 @@ def _unreadable(store: Store, key: str, error: Exception) -> StoreError:
 # ---- what is old ----
 
 
-def _runs(store: Store) -> Iterator[Run]:
-    names = {match.groups() for entry in store.list("runs/") if (match := RUN.match(entry.key))}
-    return (Run(store, stage, fingerprint) for stage, fingerprint in sorted(names))
-
-
 def _retention(attempt: Attempt) -> tuple[int, int | None]:
     """`keep_states` and `keep_every_steps` of what the ranks were asked."""
     stage = attempt.request.get("stage", {})
@@ -258,31 +291,10 @@ def _old_heartbeats(run: Run, newest: int) -> list[Entry]:
     return [entry for entry in entries if int(Path(entry.key).stem) <= newest - HEARTBEATS_KEPT]
 
 
-def _artifacts(store: Store) -> set[str]:
-    """Where there are artifacts."""
-    kinds = ("shards", "runs", "samples", "scores", "reports")
-    keys = (entry.key for kind in kinds for entry in store.list(f"{kind}/"))
-    return {found[1] for key in keys if (found := ARTIFACTS.fullmatch(key)) and "/states/" not in key}
-
-
 def _set_marked(key: str) -> str:
     """The shard set that a mark under `sets/` is of."""
     return key.replace("sets/", "shards/", 1)
 
 
-def _finished_sets(store: Store) -> set[str]:
-    keys = (entry.key for entry in store.list("shards/"))
-    return {_set_of(key) for key in keys if re.fullmatch(r"shards/[^/]+/[^/]+/manifest\.json", key)}
-
-
 def _set_of(key: str) -> str:
     return "/".join(key.split("/")[:3])
-
-
-def _leftovers(store: Store) -> list[Entry]:
-    finished = _finished_sets(store)
-    return [
-        entry
-        for entry in store.list("shards/")
-        if _set_of(entry.key) in finished and LEFTOVERS.fullmatch("/".join(entry.key.split("/")[3:]))
-    ]

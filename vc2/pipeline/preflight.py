@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,16 @@ from vc2.data.config import JourneyDBSource, LaionSource, ShardStage, WebVidSour
 from vc2.errors import ConfigError, PretrainedMissing, Vc2Error
 from vc2.eval.config import EvaluateStage
 from vc2.eval.metrics import METRICS, Given, modes_of
-from vc2.pipeline.driver import FIELDS, STAGES, PlannedStage, given_artifacts, plan
-from vc2.pipeline.preview import previewed
+from vc2.launch import this_rank
+from vc2.pipeline.driver import FIELDS, STAGES, Begun, PlannedStage, begun, given_artifacts, plan
+from vc2.pipeline.preview import growth
 from vc2.pipeline.recipes import PipelineConfig, resolve
 from vc2.pretrained import WEIGHTS, at_hand, is_offline, not_on_hub, status
 from vc2.progress import Progress, counted, silent, size_text
 from vc2.storage import LocalStore, Store, file_digest, open_store
-from vc2.train.config import TrainStage
+from vc2.train.attempts import Run, is_alive
+from vc2.train.config import Layout, TrainStage
+from vc2.train.run import gpu_count, most_ranks, open_world_size
 
 __all__ = ["Finding", "preflight", "preflight_of_recipe", "require"]
 
@@ -135,33 +139,12 @@ def preflight_of_recipe(
     asked = [name for name in STAGES[first : last + 1] if name not in given]
     done = {stage.name for stage in planned if stage.artifact is not None}
     todo = list(stages) or [name for name in asked if name not in done]
-    sizes = {row.stage: row.bytes or 0 for row in previewed(planned, config, store)} if planned else {}
     all_well = True
-    for finding in preflight(
-        config,
-        store,
-        work,
-        todo,
-        given=given,
-        busy=dict(_busy(store, planned)),
-        room=sum(size for name, size in sizes.items() if name in todo and not name.startswith("shard/")),
-        progress=progress,
-    ):
+    for finding in preflight(config, store, work, todo, planned=planned, given=given, progress=progress):
         all_well &= finding.is_well
         yield finding
     if failure is not None and (all_well or shards or checkpoint):
         yield Finding(name="plan", is_well=False, found=str(failure))
-
-
-def _busy(store: Store, planned: Sequence[PlannedStage]) -> Iterator[tuple[str, str]]:
-    """Training stages that somebody works on, and who."""
-    from vc2.train.attempts import Run, is_alive
-
-    for stage in planned:
-        if stage.name.startswith("train/") and stage.artifact is None:
-            run = Run(store, FIELDS[stage.name], stage.fingerprint)
-            if (newest := run.newest()) and is_alive(run, newest):
-                yield stage.name, f"attempt {newest} on {run.attempt(newest).holder.host}"
 
 
 def preflight(
@@ -170,9 +153,8 @@ def preflight(
     work: Path,
     stages: Collection[str],
     *,
+    planned: Sequence[PlannedStage] = (),
     given: Mapping[str, Artifact] | None = None,
-    busy: Mapping[str, str] | None = None,
-    room: int = 0,
     progress: Progress = silent,
 ) -> Iterator[Finding]:
     """Look at all that some stages need, one thing after the other, the slowest last.
@@ -182,14 +164,14 @@ def preflight(
         store: Where artifacts are kept.
         work: Folder of this machine.
         stages: Those that are going to run; none of them, and nothing is looked at.
+        planned: The plan, where there is one: it tells what was begun, and so what is still needed.
         given: Artifacts that stand in for stages, by stage name.
-        busy: Training stages that somebody works on already, and who: their ranks are not rehearsed.
-        room: Bytes that training and evaluation will take in the store; those of shards are found by looking.
         progress: Told what is being looked at.
     """
     todo = [name for name in STAGES if name in stages]
     if todo:
-        yield from _Look(config, store, work, todo, dict(given or {}), dict(busy or {}), progress, room).all()
+        known = {stage.name: stage for stage in planned}
+        yield from _Look(config, store, work, todo, known, dict(given or {}), progress).all()
 
 
 @dataclass
@@ -198,10 +180,10 @@ class _Look:
     store: Store
     work: Path
     todo: list[str]
+    planned: dict[str, PlannedStage]
     given: dict[str, Artifact]
-    busy: dict[str, str]
     progress: Progress
-    room: int  # bytes that the stages will take in the store
+    shard_room: int = 0  # bytes that shards, and what is fetched for them, will still take in the store
     findings: list[Finding] = field(default_factory=list)
 
     def all(self) -> Iterator[Finding]:
@@ -209,9 +191,13 @@ class _Look:
                  self._prompts, self._ranks)  # fmt: skip
         for number, look in enumerate(looks):
             self.progress("preflight", number, len(looks), now=look.__name__.strip("_"))
-            for finding in look():
-                self.findings.append(finding)
-                yield finding
+            try:
+                for finding in look():
+                    self.findings.append(finding)
+                    yield finding
+            except Vc2Error as error:  # as of a store that fails in between
+                self.findings.append(Finding(name=look.__name__.strip("_"), is_well=False, found=str(error)))
+                yield self.findings[-1]
         self.progress("preflight", len(looks), len(looks))
 
     def _of(self, kind: str) -> list[str]:
@@ -219,6 +205,29 @@ class _Look:
 
     def _trained(self) -> dict[str, TrainStage]:
         return {name: getattr(self.config, FIELDS[name]) for name in self._of("train")}
+
+    def _run(self, name: str) -> Run | None:
+        """The run of a training stage, if it has a name."""
+        stage = self.planned.get(name)
+        return Run(self.store, FIELDS[name], stage.fingerprint) if stage and stage.fingerprint else None
+
+    @cached_property
+    def _before(self) -> dict[str, Layout]:
+        """How the newest attempts at training stages were laid out."""
+        runs = [(name, run) for name in self._trained() if (run := self._run(name))]
+        return {name: run.attempt(newest).layout for name, run in runs if (newest := run.newest())}
+
+    @cached_property
+    def _world_sizes(self) -> dict[str, int]:
+        """The ranks that each training stage will have: as many as it says, or as it would find out."""
+        return {name: _ranks_of(stage, self._before.get(name)) for name, stage in self._trained().items()}
+
+    def _who_trains(self, name: str) -> str:
+        """Who works on a training stage already; empty: nobody."""
+        run = self._run(name)
+        if run is None or not (newest := run.newest()) or not is_alive(run, newest):
+            return ""
+        return f"attempt {newest} on {run.attempt(newest).holder.host}"
 
     # ---- this machine, and where things are kept ----
 
@@ -228,7 +237,7 @@ class _Look:
             needed |= {"ray": "ray", "pyarrow": "pyarrow", "av": "av"}
         if self._of("train") or self._of("evaluate"):
             needed |= {"torch": "torch", "open_clip": "open_clip_torch", "diffusers": "diffusers"}
-        if any((stage.world_size or 1) > 1 for stage in self._trained().values()):
+        if any(size > 1 for size in self._world_sizes.values()):
             needed["deepspeed"] = "deepspeed"
         missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
         if missing:
@@ -251,11 +260,15 @@ class _Look:
         yield _looked("work folder", work, "name a folder that can be written: VC2_WORK, or --work")
 
     def _room(self) -> Iterator[Finding]:
-        if not self.room or not isinstance(self.store, LocalStore):
+        if not isinstance(self.store, LocalStore):
+            return
+        others = [name for name in self.todo if not name.startswith("shard/")]
+        room = self.shard_room + growth([*self.planned.values()], self.config, self.store, others)
+        if not room:
             return
         free = shutil.disk_usage(self.store.root).free
-        said = f"at least {size_text(self.room)} will be taken, {size_text(free)} are free in {self.store.uri}"
-        is_well = self.room <= free
+        said = f"at least {size_text(room)} more will be taken, {size_text(free)} are free in {self.store.uri}"
+        is_well = room <= free
         remedy = "" if is_well else f"take a larger disk or an s3:// store, or less of it: {LESS}"
         yield Finding(name="room", is_well=is_well, found=said, remedy=remedy)
 
@@ -279,9 +292,9 @@ class _Look:
             stage: ShardStage = getattr(self.config, FIELDS[name])
             where = "archives" if getattr(stage.source, "table", None) is None else "table"
             remedy = f"get the data (docs/data.md), or say where it is: --set {FIELDS[name]}.source.{where}=..."
-            yield _looked(f"source {name}", lambda stage=stage: self._source(stage), remedy)
+            yield _looked(f"source {name}", lambda name=name, stage=stage: self._source(name, stage), remedy)
 
-    def _source(self, stage: ShardStage) -> str:
+    def _source(self, name: str, stage: ShardStage) -> str:
         """A few rows on the way of all rows."""
         source = stage.source
         short = {"total_timeout": min(stage.fetch.total_timeout, SECONDS_A_ROW), "retries": 0}
@@ -299,7 +312,10 @@ class _Look:
         # Of a few rows so many may be bad by chance: the stage itself judges by its first thousand.
         if share < found.min_yield / 2 or share == 0:
             raise ConfigError(f"{said}; the stage ends where less than {100 * found.min_yield:.0f} % are of use")
-        self.room += (found.shard_bytes or 0) + ((found.raw_bytes or 0) if _is_of_the_web(stage) else 0)
+        there = begun(self.planned[name], self.store) if name in self.planned else Begun()
+        self.shard_room += int((found.shard_bytes or 0) * (1 - there.built))
+        if _is_of_the_web(stage) and not there.built:
+            self.shard_room += max(0, (found.raw_bytes or 0) - there.raw_bytes)
         return said
 
     def _joined_source(self, stage: ShardStage, source: JourneyDBSource) -> str:
@@ -456,40 +472,48 @@ class _Look:
             yield self._team(names)
         spread = [name for name in self._of("shard") if getattr(self.config, FIELDS[name]).launcher == "ray"]
         if spread:
-            yield _in_cluster(f"workers of {' and '.join(spread)}", FIELDS[spread[0]], 1, gpus=0)
-        if EVALUATION in self.todo and self.config.evaluation.device == "cuda":
-            yield self._evaluators(self.config.evaluation)
+            yield _in_cluster(f"workers of {' and '.join(spread)}", 1, gpus=0)
+        evaluation = self.config.evaluation
+        if EVALUATION in self.todo and (evaluation.device == "cuda" or evaluation.launcher == "ray"):
+            yield self._evaluators(evaluation)
 
     def _team(self, names: list[str]) -> Finding:
         """Of stages whose ranks are started alike the largest team is tried."""
         title = f"ranks of {' and '.join(names)}"
-        stages = self._trained()
-        sizes = {name: _world_size(stages[name]) for name in names}
+        stages, sizes = self._trained(), self._world_sizes
         for name in names:
-            if problem := _unfit(stages[name], FIELDS[name], sizes[name]):
+            if problem := _unfit(stages[name], FIELDS[name], sizes[name], self._before.get(name)):
                 return Finding(name=title, is_well=False, found=problem[0], remedy=problem[1])
         largest = max(names, key=lambda name: sizes[name])
         stage, size = stages[largest], sizes[largest]
-        short = _machines(title, stage, FIELDS[largest], size)
-        if not short.is_well:
-            return short
-        if busy := next((self.busy[name] for name in names if name in self.busy), ""):
-            return short.evolve(found=f"{short.found}; not tried, since {busy} trains", was_tried=False)
+        there = _machines(title, stage, FIELDS[largest], size)
+        if not there.is_well:
+            return there
+        if busy := next(filter(None, map(self._who_trains, names)), ""):
+            return there.evolve(found=f"{there.found}; not tried, since {busy} trains", was_tried=False)
         if any(not one.is_well and one.name in ("store", "work folder") for one in self.findings):
-            found = f"{short.found}; not tried, since they need store and work folder"
-            return short.evolve(found=found, was_tried=False)
-        from vc2.train.rehearsal import rehearse
+            found = f"{there.found}; not tried, since they need store and work folder"
+            return there.evolve(found=found, was_tried=False)
+        from vc2.train.rehearsal import NotStarted, rehearse
 
         def look() -> str:
             return rehearse(stage, self.store, self.work, world_size=size, progress=self.progress).described()
 
         ports = "open all ports between the machines; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name their network"
-        return _looked(title, look, f"{ports}; the log says more")
+        try:
+            return Finding(name=title, is_well=True, found=look())
+        except NotStarted as error:
+            if stage.launcher == "ray":
+                return _crowded(_machines(title, stage, FIELDS[largest], size), FIELDS[largest], error)
+            return Finding(name=title, is_well=False, found=str(error), remedy="the log says more")
+        except (Vc2Error, OSError) as error:
+            return _failed(title, error, f"{ports}; the log says more")
 
     def _evaluators(self, evaluation: EvaluateStage) -> Finding:
         title, gpus = f"ranks of {EVALUATION}", _local_gpus()
         if evaluation.launcher == "ray":
-            return _in_cluster(title, "evaluation", evaluation.world_size, gpus=evaluation.world_size)
+            wanted = evaluation.world_size if evaluation.device == "cuda" else 0
+            return _in_cluster(title, evaluation.world_size, gpus=wanted)
         found = f"{counted(evaluation.world_size, 'rank')} with GPUs asked for, this machine has {gpus or 'none'}"
         remedy = "run on a machine with GPUs, or --set evaluation.device=cpu (slow)"
         return Finding(name=title, is_well=gpus > 0, found=found, remedy="" if gpus else remedy)
@@ -499,11 +523,15 @@ def _looked(name: str, look: Callable[[], str], remedy: str = "") -> Finding:
     """What a look has shown: its words, or why it failed."""
     try:
         return Finding(name=name, is_well=True, found=look())
-    except Vc2Error as error:
-        return Finding(name=name, is_well=False, found=str(error), remedy=remedy)
-    except OSError as error:
+    except (Vc2Error, OSError) as error:
+        return _failed(name, error, remedy)
+
+
+def _failed(name: str, error: Vc2Error | OSError, remedy: str) -> Finding:
+    told = str(error)
+    if isinstance(error, OSError):
         told = f"{error.filename or name}: {(error.strerror or str(error)).lower()}"
-        return Finding(name=name, is_well=False, found=told, remedy=remedy)
+    return Finding(name=name, is_well=False, found=told, remedy=remedy)
 
 
 def _is_of_the_web(stage: ShardStage) -> bool:
@@ -559,54 +587,74 @@ def _metric_finding(given: Given, what: str, metrics: list[str]) -> Finding:
 
 
 def _local_gpus() -> int:
-    from vc2.train.run import gpu_count
-
     return gpu_count(TrainStage(device="auto"))
 
 
-def _world_size(stage: TrainStage) -> int:
-    return stage.world_size or (_local_gpus() if stage.device != "cpu" and stage.launcher == "local" else 0) or 1
+def _ranks_of(stage: TrainStage, before: Layout | None) -> int:
+    if stage.world_size or stage.launcher == "env":
+        return stage.world_size or this_rank().world_size
+    return 1 if stage.launcher == "ray" and before is None else open_world_size(stage, before)
 
 
-def _unfit(stage: TrainStage, field: str, world_size: int) -> tuple[str, str] | None:
+def _unfit(stage: TrainStage, field: str, world_size: int, before: Layout | None) -> tuple[str, str] | None:
     """What of a layout is refused when the stage begins, and what to do."""
-    if stage.launcher == "ray" and stage.world_size is None:
+    micro_batch = stage.micro_batch
+    if micro_batch is None and before and before.world_size == world_size:
+        micro_batch = before.micro_batch
+    if stage.launcher == "ray" and stage.world_size is None and before is None:
         return "launcher=ray: how many ranks?", f"--set {field}.world_size=N"
-    if stage.launcher == "ray" and stage.micro_batch is None:
+    if stage.launcher == "ray" and micro_batch is None:
         return "launcher=ray: how many clips at once?", f"vc2 train {field} --dry-run says; --set {field}.micro_batch=N"
-    if stage.batch_size % (world_size * (stage.micro_batch or 1)):
+    if stage.batch_size % (world_size * (micro_batch or 1)):
         found = f"batch_size={stage.batch_size} is no multiple of world_size x micro_batch = {world_size} x "
-        return f"{found}{stage.micro_batch or 1}", f"--set {field}.world_size=N, a divisor"
+        return f"{found}{micro_batch or 1}", f"--set {field}.world_size=N, a divisor"
     return None
 
 
 def _machines(title: str, stage: TrainStage, field: str, world_size: int) -> Finding:
     """Whether what the ranks run on is there."""
     if stage.launcher == "ray":
-        return _in_cluster(title, field, world_size, gpus=world_size if stage.device == "cuda" else 0)
+        return _in_cluster(title, world_size, gpus=world_size if stage.device == "cuda" else 0)
     gpus = 0 if stage.device == "cpu" else _local_gpus()
     if stage.device == "cpu" or (stage.device == "auto" and not gpus):
         return Finding(name=title, is_well=True, found=f"{counted(world_size, 'rank')} on CPU")
     found = f"{counted(world_size, 'GPU')} asked for, this machine has {gpus or 'none'}"
     if gpus >= world_size:
         return Finding(name=title, is_well=True, found=found)
-    fewer = f"--set {field}.world_size={gpus}" if gpus else "recipe single_gpu on a machine with one"
+    fewer = "recipe single_gpu on a machine with one"
+    if gpus:
+        fewer = f"--set {field}.world_size={most_ranks(stage, gpus)}"
     cluster = f"a Ray cluster: {field}.launcher=ray and RAY_API_SERVER_ADDRESS=http://HEAD:8265 (docs/clusters.md)"
     return Finding(name=title, is_well=False, found=found, remedy=f"name {cluster}; or {fewer}")
 
 
-def _in_cluster(title: str, field: str, cpus: int, *, gpus: int) -> Finding:
-    """The same of a Ray cluster."""
+def _in_cluster(title: str, cpus: int, *, gpus: int) -> Finding:
+    """The same of a Ray cluster. One that has too few now may grow: it is *not tried* then, and no refusal."""
     from vc2.ray_jobs import cluster_resources
 
     try:
-        there = cluster_resources()
+        return _against(title, cluster_resources(), cpus, gpus)
     except Vc2Error as error:
         return Finding(name=title, is_well=False, found=str(error))
+
+
+def _against(title: str, there: Mapping[str, float], cpus: int, gpus: int) -> Finding:
+    """What is asked for against what the machines of a cluster have, used or not."""
     machines = counted(int(there["machines"]), "machine")
     has = f"the cluster has {there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs on {machines}"
     asked = " and ".join(counted(number, name) for name, number in (("GPU", gpus), ("CPU", cpus)) if number)
     if there.get("GPU", 0) >= gpus and there.get("CPU", 0) >= cpus:
         return Finding(name=title, is_well=True, found=f"{asked} asked for, {has}")
-    remedy = f"add machines (of a cluster that grows by itself: raise its least number), or {field}.world_size=N"
-    return Finding(name=title, is_well=False, found=f"{asked} asked for, {has}", remedy=remedy)
+    found = f"{asked} asked for, {has} now; what lacks has to be brought up by the cluster"
+    return Finding(name=title, is_well=True, found=found, was_tried=False)
+
+
+def _crowded(there: Finding, field: str, error: Vc2Error) -> Finding:
+    """Of ranks that did not start on a cluster, by what it has by now: it is busy, or too small."""
+    if not there.is_well:
+        return there
+    if there.was_tried:  # it would do, if it were free
+        found = f"{there.found}; not tried: {error}. Other work has it, as it seems, and training will wait for it"
+        return there.evolve(found=found, was_tried=False)
+    remedy = f"add machines, raise the most that the cluster may grow to, or --set {field}.world_size=N"
+    return there.evolve(is_well=False, was_tried=True, found=f"{there.found}: {error}", remedy=remedy)

@@ -9,19 +9,21 @@ before. What is known in neither way stays empty: nothing is guessed, and a sum 
     evaluation  videos x steps of the sampler x 2 for guidance x one forward pass; metrics only where measured
     shards      rows of the same raw data, at the seconds a row of the measured set
 
-Bytes are those that the store grows by: of training the weights, raw and averaged, and the train states that stay.
+Bytes are those that the store still grows by: of training the weights, raw and averaged, and the train states that
+stay, less those of the run that are there; of shards the ones that are not built yet.
 Needs no torch.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vc2.artifacts import Note, load_manifest
 from vc2.config import Config
 from vc2.errors import StoreError, Vc2Error
 from vc2.eval.config import EvaluateStage
-from vc2.pipeline.driver import DAG, FIELDS, GIVEN, PlannedStage, reached
+from vc2.pipeline.driver import FIELDS, GIVEN, PlannedStage, begun, reached
 from vc2.pipeline.reasons import Difference, Past, reasons
 from vc2.pipeline.recipes import PipelineConfig
 from vc2.progress import duration_text, size_text
@@ -33,13 +35,12 @@ from vc2.train.estimate import DEFAULT_HARDWARE, HARDWARE, MFU, RATES, estimate,
 from vc2.train.fit import Clip, stage_forms
 from vc2.train.metrics import read_all_lines
 
-__all__ = ["PlanRow", "Spent", "Total", "lines_of", "previewed", "short_lines", "spent", "total"]
+__all__ = ["PlanRow", "Spent", "Total", "growth", "lines_of", "previewed", "short_lines", "spent", "total"]
 
 HOUR = 3600.0
 STATE_BYTES = 16  # a learning parameter in a train state: master, two moments, EMA
 WEIGHT_BYTES = 8  # a parameter in a checkpoint: raw and EMA, float32
 PRECISIONS: Mapping[str, str] = {"bfloat16": "bf16", "float32": "fp32"}
-NODES = {node.name: node for node in DAG}
 
 
 class PlanRow(Config):
@@ -51,7 +52,7 @@ class PlanRow(Config):
     why: str
     hours: float | None = None  #: from now to its end
     gpu_hours: float | None = None  #: 0 where no GPU is asked for
-    bytes: int | None = None
+    bytes: int | None = None  #: that the store still grows by
     usd: float | None = None
     basis: str = ""  #: how it was predicted
     warnings: tuple[str, ...] = ()
@@ -137,7 +138,7 @@ class Prediction:
 
     hours: float | None = None
     gpus: int = 0  # while it runs
-    size: int | None = None
+    size: int | None = None  # that the store still grows by
     basis: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -195,6 +196,13 @@ def previewed(
     return rows
 
 
+def growth(planned: Sequence[PlannedStage], config: PipelineConfig, store: Store, stages: Collection[str]) -> int:
+    """Bytes that the store will grow by when some of the planned stages run, as far as they are known."""
+    oracle = _Oracle({stage.name: stage for stage in planned}, config, Past(store), DEFAULT_HARDWARE, MFU)
+    todo = [stage for stage in planned if stage.name in stages and stage.state != "done"]
+    return sum(oracle.prediction(stage).size or 0 for stage in todo)
+
+
 def total(
     rows: Sequence[PlanRow],
     *,
@@ -244,14 +252,19 @@ class _Oracle:
     def of_shards(self, stage: PlannedStage) -> Prediction:
         wanted = getattr(self.config, FIELDS[stage.name])
         unknown = f"rows are not known: `vc2 shard {stage.name.removeprefix('shard/')} --dry-run` judges by a few"
+        there = begun(stage, self.past.store)
         for note in self.past.notes(f"shards/{wanted.source.name}") if stage.fingerprint else ():
             if not self._has_same_rows(stage, note):
                 continue
-            counts, seconds = note.manifest.counts, note.manifest.facts.get("seconds", {})
-            share = min(1.0, wanted.limit / counts["rows"]) if wanted.limit else 1.0
-            there = {track for track, (thing, _) in stage.tracks.items() if thing == "part"}
-            ledgers = {f"{part.get('ledger')}/part-" for part in note.manifest.facts.get("generations", ())}
-            fetched = seconds.get("fetch", 0.0) if there & ledgers else 0.0  # which is not done again
+            counts, facts = note.manifest.counts, note.manifest.facts
+            ours = {track for track, (thing, _) in stage.tracks.items() if thing == "part"}
+            ledgers = {f"{part.get('ledger')}/part-" for part in facts.get("generations", ())}
+            is_fetched = bool(ours & ledgers or there.built)  # which is not done again
+            # Of a set that was resumed after a kill the last attempt alone is known.
+            if facts.get("resumed_shards") or (facts.get("resumed_parts") and not is_fetched):
+                continue
+            share = (min(1.0, wanted.limit / counts["rows"]) if wanted.limit else 1.0) * (1 - there.built)
+            fetched = facts.get("seconds", {}).get("fetch", 0.0) if is_fetched else 0.0
             hours = (note.manifest.seconds - fetched) * share / HOUR
             return Prediction(hours, 0, int(note.size * share), self._measured(note))
         return Prediction(None, 0, None, unknown)
@@ -349,7 +362,8 @@ class _Oracle:
         # Low-rank updates are laid over the weights before those are written.
         everything = sum(learning + frozen for name, (learning, frozen) in groups.items() if name != "lora")
         states = wanted.keep_states + (wanted.num_steps // wanted.keep_every_steps if wanted.keep_every_steps else 0)
-        return WEIGHT_BYTES * everything + STATE_BYTES * learning * states
+        there = begun(stage, self.past.store).state_bytes
+        return WEIGHT_BYTES * everything + max(0, STATE_BYTES * learning * states - there)
 
     # evaluation
 
@@ -363,8 +377,8 @@ class _Oracle:
         except Vc2Error as error:
             return Prediction(None, gpus, None, str(error), warnings)
         left, sampled = self._videos_left(stage, wanted, videos)
-        alike = next((note for note in self.past.notes("samples") if self._samples_alike(wanted, note)), None)
-        scored = next((note for note in self.past.notes("scores") if self._scores_alike(wanted, note)), None)
+        alike = self.past.newest("samples", partial(self._samples_alike, wanted))
+        scored = self.past.newest("scores", partial(self._scores_alike, wanted))
         size = None
         if alike:
             size = int(left * alike.size / alike.manifest.counts["videos"])
@@ -417,7 +431,9 @@ class _Oracle:
     def _scores_alike(self, wanted: EvaluateStage, note: Note) -> bool:
         made, asked = note.manifest.config, wanted.model_dump(mode="json")
         keys = ("measured_with", "frames", "width", "height", "device", "world_size")
-        return bool(note.manifest.counts.get("videos")) and all(made.get(key) == asked[key] for key in keys)
+        if note.manifest.facts.get("resumed_videos") or not note.manifest.counts.get("videos"):
+            return False
+        return all(made.get(key) == asked[key] for key in keys)
 
     def _measured(self, note: Note) -> str:
         folder = note.prefix.removesuffix(note.prefix.partition(note.manifest.fingerprint)[2])
@@ -445,9 +461,10 @@ def _unmeasured(wanted: EvaluateStage) -> Iterator[str]:
 def spent(
     planned: Sequence[PlannedStage], store: Store, *, hardware: str = DEFAULT_HARDWARE, price: float | None = None
 ) -> list[Spent]:
-    """What the stages that are done or begun have cost so far, the reused ones at what they cost when they were made.
+    """What the stages have cost so far, the reused ones at what they cost when they were made.
 
-    Training is added up from the lines that all its attempts logged, steps that were lost and done again included.
+    Training is added up from the lines that all its attempts logged, steps that were lost and done again included; one
+    that is not done counts too. Shards and evaluations count once they are done, at what their manifests say.
     """
     rate = hardware_of(hardware).usd_per_hour if price is None else price
     found = []
@@ -472,7 +489,7 @@ def spent(
 def _work_of(stage: PlannedStage, store: Store) -> tuple[float, int, bool]:
     """Seconds of a stage, its ranks, and whether they had GPUs."""
     manifest = load_manifest(store, stage.artifact.prefix) if stage.artifact else None
-    if NODES[stage.name].name.startswith("train/"):
+    if stage.name.startswith("train/"):
         run = Run(store, FIELDS[stage.name], stage.fingerprint)
         newest = run.newest()
         if not newest:  # made elsewhere
@@ -490,11 +507,11 @@ def _work_of(stage: PlannedStage, store: Store) -> tuple[float, int, bool]:
 
 
 def _seconds_of(store: Store, stage: PlannedStage) -> float:
-    """Of a report with its samples and scores: what it took may be less, where those were there before."""
+    """Of a report with all samples and scores: what it took itself may be less, where those were there before."""
     assert stage.artifact is not None
     manifest = load_manifest(store, stage.artifact.prefix)
     parts = 0.0
-    for role in ("samples", "scores"):
+    for role in ("samples", "base_samples", "scores"):
         try:
             parts += load_manifest(store, manifest.inputs[role].prefix).seconds if role in manifest.inputs else 0.0
         except StoreError:  # collected or deleted

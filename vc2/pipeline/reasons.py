@@ -10,7 +10,8 @@ the set's own settings and the raw data of today it is the same, or the raw data
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from vc2.artifacts import (
     is_there,
     load_manifest,
     newest_notes,
+    notes_of,
 )
 from vc2.config import Config, digest
 from vc2.data.config import STAGE as SHARD
@@ -75,21 +77,28 @@ class Past:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._notes: dict[str, list[Note]] = {}
+        self._notes: dict[tuple[str, str], list[Note]] = {}
         self._others: dict[str, Note | None] = {}
         self._removals: dict[str, list[str]] = {}
         self._raw: dict[str, str] = {}
 
-    def notes(self, folder: str) -> list[Note]:
+    def notes(self, folder: str, stage: str = "") -> list[Note]:
         """See `vc2.artifacts.newest_notes`."""
-        if folder not in self._notes:
-            self._notes[folder] = newest_notes(self.store, folder, LOOKED_AT)
-        return self._notes[folder]
+        asked = (folder, stage)
+        if asked not in self._notes:
+            self._notes[asked] = newest_notes(self.store, folder, LOOKED_AT, stage=stage)
+        return self._notes[asked]
+
+    def newest(self, folder: str, is_wanted: Callable[[Note], bool]) -> Note | None:
+        """The newest artifact of a folder that is wanted, as far back as `vc2.artifacts.notes_of` goes."""
+        return next(filter(is_wanted, notes_of(self.store, folder)), None)
 
     def of(self, artifact: Artifact) -> Note | None:
         """The note of an artifact, or what its manifest says; None if it is gone."""
         prefix = artifact.prefix
-        for note in self.notes(folder_of(prefix)):
+        folder = folder_of(prefix)
+        read = [notes for (name, _), notes in self._notes.items() if name == folder] or [self.notes(folder)]
+        for note in chain(*read):
             if note.prefix == prefix:
                 return note
         if prefix not in self._others:
@@ -151,7 +160,7 @@ class _Looking:
 
     def nearest(self, name: str) -> Reason:
         node = NODES[name]
-        alike = [note for note in self.past.notes(self._folder(node)) if _is_of(node, note)]
+        alike = [note for note in self.past.notes(*self._folder(node)) if _is_of(node, note)]
         order = sorted(alike, key=lambda note: sum(1 for _ in self._differences(node, note)))  # ties: the newest first
         for note in order:
             if is_there(self.store, note.prefix):
@@ -217,10 +226,11 @@ class _Looking:
         if made != manifest.fingerprint:
             yield Difference(key=f"{node.field}.source", words="table or files changed")
 
-    def _folder(self, node: Node) -> str:
+    def _folder(self, node: Node) -> tuple[str, str]:
+        """Where artifacts of a stage are, and by which stage's name."""
         if node.kind is ShardSet:
-            return f"shards/{getattr(self.config, node.field).source.name}"
-        return f"runs/{node.field}" if node.kind is Checkpoint else "reports"
+            return f"shards/{getattr(self.config, node.field).source.name}", SHARD
+        return (f"runs/{node.field}", node.field) if node.kind is Checkpoint else ("reports", node.name)
 
 
 def _lineage(past: Past, uri: str) -> dict[str, Note]:

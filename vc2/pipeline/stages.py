@@ -25,7 +25,7 @@ from vc2.config import digest
 from vc2.data.config import ShardStage, removal_lists, shard_fingerprint
 from vc2.errors import ConfigError
 from vc2.eval.config import EvaluateStage, SampleStage
-from vc2.pipeline.driver import DAG, PlannedStage, plan
+from vc2.pipeline.driver import NODES, PlannedStage, plan
 from vc2.pipeline.recipes import PipelineConfig
 from vc2.pipeline.shard import ShardRequest, make_shards, prepare_where_asked, ready_source
 from vc2.progress import Progress, silent
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from vc2.eval.metrics import Video
 
 __all__ = ["execute", "page_of", "run_shards", "run_stage", "sampled"]
-
-NODES = {node.name: node for node in DAG}
 
 
 def run_stage(

@@ -33,7 +33,7 @@ from vc2.train.config import Layout, TrainStage
 from vc2.train.kept import passing_folder
 from vc2.train.request import Request
 
-__all__ = ["ATTEMPT", "Rehearsal", "RehearsalRequest", "Step", "Trial", "rehearse"]
+__all__ = ["ATTEMPT", "NotStarted", "Rehearsal", "RehearsalRequest", "Step", "Trial", "rehearse"]
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,15 @@ WAITS: Mapping[str, str] = {  # what is not over when a rank does not reach a st
     "restored": "met, and did not read their train state back",
 }
 PATIENCE = 60.0  # seconds between two steps, once all ranks have started
-STARTING = 300.0  # seconds until then: the machine may be busy, and on a cluster one may have to be added first
+STARTING = 300.0  # seconds until then: the machine may be busy
+STARTING_ON_RAY = 900.0  # likewise, where machines may have to be added first
 GRACE = 2.0  # seconds that ranks have to leave; they have nothing to keep
 OLD = 3600.0  # seconds after which what is left of a rehearsal is nobody's
 ATTEMPT = 1
+
+
+class NotStarted(LaunchFailed):
+    """No rank has started in time: of a cluster, that it had no room for them."""
 
 
 class RehearsalRequest(Request):
@@ -104,7 +109,7 @@ def rehearse(
     *,
     world_size: int,
     patience: float = PATIENCE,
-    starting: float = STARTING,
+    starting: float | None = None,
     progress: Progress = silent,
 ) -> Rehearsal:
     """Start the ranks of a stage by its launcher, `local` or `ray`, and see them through a step and a state.
@@ -115,10 +120,11 @@ def rehearse(
         work: Folder of this machine for logs and passing files.
         world_size: How many ranks.
         patience: Seconds that the ranks may take from one step to the next, once all have started.
-        starting: Seconds until then.
+        starting: Seconds until then; None: what is usual with the launcher.
         progress: Told which step was reached.
 
     Raises:
+        NotStarted: If no rank started in time.
         LaunchFailed: If a rank failed, or they did not reach the next step in time; one sentence says which.
         StoreError: If the store does not take what the ranks are asked.
         ConfigError: If no cluster is named.
@@ -132,7 +138,8 @@ def rehearse(
     request = RehearsalRequest(
         stage=asked, store=store.uri, work=str(work), name=trial.fingerprint, layout=layout, patience=patience
     )
-    heard = _Heard(world_size, patience, starting, progress)
+    usual = STARTING_ON_RAY if config.launcher == "ray" else STARTING
+    heard = _Heard(world_size, patience, usual if starting is None else starting, progress)
     try:
         trial.claim(
             Attempt(
@@ -243,7 +250,8 @@ class _Limited(Job):
     def poll(self, progress: Progress = silent) -> int | None:
         code = self._job.poll(progress)
         if code is None and time.monotonic() > self._heard.due:
-            raise LaunchFailed(f"{self._heard.late()} (log: {self.log})", "communication")
+            failure = LaunchFailed if self._heard.hosts else NotStarted
+            raise failure(f"{self._heard.late()} (log: {self.log})", "communication")
         return code
 
     def cancel(self) -> None:

@@ -42,8 +42,16 @@ def main(place: str) -> None:
     began = time.monotonic()
     request = RehearsalRequest.load(place)
     rank, work = this_rank(), Path(request.work)
-    _end_in(STEPS * request.patience)
     trial = Trial(open_store(request.store), request.stage.name, request.name)
+    _end_in(STEPS * request.patience, trial, work)
+    try:
+        _rehearse(request, trial, rank, work, began)
+    finally:  # the disk is this rank's own: nobody else can clear it
+        _clear(trial, work)
+    leave_ranks()
+
+
+def _rehearse(request: RehearsalRequest, trial: Trial, rank: Rank, work: Path, began: float) -> None:
 
     def tell(step: Step, **figures: float | str) -> None:
         report(f"rehearsal {step} {rank.rank}", 1, 1, step=step, **figures)
@@ -78,14 +86,17 @@ def main(place: str) -> None:
     started = time.monotonic()
     _check_restored(trial, engine, ema, rank, work)
     done("restored", seconds=time.monotonic() - started)
+
+
+def _clear(trial: Trial, work: Path) -> None:
     shutil.rmtree(passing_folder(trial, work), ignore_errors=True)
-    leave_ranks()
 
 
-def _end_in(seconds: float) -> None:
+def _end_in(seconds: float, trial: Trial, work: Path) -> None:
     """See that this process ends even if nobody waits for it any more, as of a job on a cluster."""
 
     def end() -> None:
+        _clear(trial, work)
         end_rank(LaunchFailed(f"the rehearsal was not over in {seconds:.0f} s", "communication"))
 
     timer = threading.Timer(seconds, end)
