@@ -1,13 +1,17 @@
 """Gates: a run is suspended until somebody answers a form in the UI.
 
-Nothing of the run stays on a machine while it waits. An answer is asked for once: a run that is retried or rescued
-later goes through the gates that were opened. A refusal ends the run, and is not for ever: Retry asks again.
+Nothing of the run stays on a machine while it waits. An approval is kept in the labels of the run: retried or rescued
+later it goes through the gates that were opened. A refusal ends the run, and is not for ever: Retry asks again.
+
+Prefect tells the questions of a run apart by a key, and forgets in every new attempt which keys were used, but not what
+was written under them: a key that comes again can be neither asked nor answered. So the attempt is part of it.
 """
 
+import itertools
+
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flow_runs import suspend_flow_run
-from prefect.input import RunInput
+from prefect.input import RunInput, read_flow_run_input
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
 from pydantic import Field
@@ -39,21 +43,24 @@ def ask(gate: str, question: str) -> None:
         NotApproved: If the answer is no.
     """
     gate = gate.replace("/", "-")  # it becomes part of addresses
-    asked_before = f"vc2.asked.{gate}"
-    log = get_run_logger().info
+    approved = f"vc2.approved.{gate}"
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(this_run.id)
-        number = int((run.labels or {}).get(asked_before, 0))
-        while True:
-            try:
-                answer = suspend_flow_run(Approval.with_initial_data(description=question), key=f"{gate}-{number}")
-                break
-            except (ObjectNotFound, PrefectHTTPStatusError):  # somebody set the run to work again without an answer
-                number += 1
-                client.update_flow_run_labels(run.id, {asked_before: number})
-        note = answer.note.strip()
-        if answer.approve:
-            log("gate %s: approved%s", gate, f": {note}" if note else "")
+        if (run.labels or {}).get(approved):
             return
-        client.update_flow_run_labels(run.id, {asked_before: number + 1})
-    raise NotApproved(f"not approved ({gate}){f': {note}' if note else ''}; Retry asks again")
+        answer = _answer(f"{gate}-{run.run_count}", question)
+        note = answer.note.strip()
+        if not answer.approve:
+            raise NotApproved(f"not approved ({gate}){f': {note}' if note else ''}; Retry asks again")
+        client.update_flow_run_labels(run.id, {approved: run.run_count})
+    get_run_logger().info("gate %s: approved%s", gate, f": {note}" if note else "")
+
+
+def _answer(key: str, question: str) -> Approval:
+    """What was answered in this attempt; suspends the run where nothing was. (Resume goes on in the same attempt.)"""
+    for number in itertools.count():
+        answer = suspend_flow_run(Approval.with_initial_data(description=question), key=f"{key}-{number}")
+        if read_flow_run_input(answer.metadata.key) is not None:
+            return answer
+        # Asked under this key, and somebody set the run to work again without an answer: the next one.
+    raise AssertionError

@@ -9,16 +9,18 @@ the stages need. A run that would cost more than `cost_limit`, or that is told t
 process is left) until somebody answers its form (`flows.gates`).
 """
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelled, Cancelling
@@ -26,13 +28,13 @@ from pydantic import Field
 
 from flows.body import told_in_one_line
 from flows.gates import ask
-from flows.rescue import put_back, rescue
+from flows.rescue import is_put_off, put_back, rescue, started
 from flows.shown import ShownProgress, place_of, show_cost, show_link, show_plan
 from flows.stage import RAY_VARIABLES, Asked, asked
 from flows.supervise import NO_ANSWER, SERVER_MAY_BE_AWAY
 from vc2.artifacts import Artifact, Checkpoint, ShardSet, find, load_manifest
 from vc2.errors import ConfigError, LaunchFailed
-from vc2.pipeline.driver import DAG, FIELDS, STAGES, PlannedStage, StageName, check_measurable, drive, reached
+from vc2.pipeline.driver import FIELDS, NODES, STAGES, PlannedStage, StageName, check_measurable, drive, reached, span
 from vc2.pipeline.preview import PlanRow, previewed, spent
 from vc2.pipeline.recipes import PipelineOverrides, Recipe
 from vc2.ray_session import HeldSession
@@ -42,7 +44,6 @@ __all__ = ["pipeline"]
 
 AS_IN_RECIPE = PipelineOverrides()
 LOOK_EVERY = 0.5  # seconds
-KINDS = {node.name: node.kind for node in DAG}
 
 
 @flow(name="vc2")
@@ -78,19 +79,21 @@ def pipeline(
     inputs = {"shards": shards, "checkpoint": checkpoint, "start_at": start_at}
     request = {"recipe": recipe, "store": store, "repeat": repeat, "overrides": overrides, **inputs}
     what = asked("vc2/full-pipeline", request)
-    wanted = _between(what.stages, start_at, stop_after)
+    first, last = span(start_at, stop_after)
+    wanted = what.stages[first : last + 1]
+    if gate_before and gate_before not in {stage.name for stage in wanted}:
+        raise ConfigError(f"gate_before={gate_before} is none of the stages asked for; nobody would be asked")
     todo = [stage for stage in wanted if stage.artifact is None]
     check_measurable(what.config, wanted)
     rows = previewed(what.stages, what.config, what.store)
     show_plan(rows)
     show_cost(spent(what.stages, what.store))
     _pass_cost(rows, {stage.name for stage in todo}, cost_limit)
-    with ExitStack() as cleanup:
-        names = [stage.name for stage in todo]
-        looks = {"shards": shards, "checkpoint": checkpoint, "repeat": repeat, "stages": names} if preflight else None
-        children = Children(recipe, what, overrides, names, gate_before, looks)
-        cleanup.callback(children.end_ray)
-        last = drive(
+    names = [stage.name for stage in todo]
+    looks = {**inputs, "repeat": repeat, "stages": tuple(names)} if preflight else None
+    children = Children(recipe, what, overrides, names, gate_before, looks, _begun())
+    try:
+        result = drive(
             what.config,
             what.store,
             children.run,
@@ -99,16 +102,15 @@ def pipeline(
             repeat=repeat,
             given=what.given,
         )
-    return _shown_result(last, what.store)
+    finally:
+        children.end_ray()
+    return _shown_result(result, what.store)
 
 
-def _between(stages: list[PlannedStage], start_at: str | None, stop_after: str | None) -> list[PlannedStage]:
-    names = [stage.name for stage in stages]
-    first = names.index(start_at) if start_at else 0
-    last = names.index(stop_after) if stop_after else len(names) - 1
-    if first > last:
-        raise ConfigError(f"start_at={start_at} comes after stop_after={stop_after}; nothing would run")
-    return stages[first : last + 1]
+def _begun() -> int:
+    """The attempt of this run that somebody started; where it was rescued since, an earlier one."""
+    with get_client(sync_client=True) as client:
+        return started(client.read_flow_run(this_run.id))
 
 
 def _pass_cost(rows: list[PlanRow], todo: Collection[str], limit: float) -> None:
@@ -126,7 +128,11 @@ def _pass_cost(rows: list[PlanRow], todo: Collection[str], limit: float) -> None
 
 @dataclass
 class Children:
-    """Runs stages as deployments."""
+    """Runs stages as deployments.
+
+    What an earlier attempt left unfinished gets a new try if somebody started this attempt. In one that is a rescue
+    nobody asked for that: what was cancelled stays so, what failed has failed, and what was looked at is not again.
+    """
 
     recipe: str
     what: Asked
@@ -134,6 +140,7 @@ class Children:
     todo: list[str]
     gate_before: str | None
     looks: Mapping[str, Any] | None  #: what the preflight is asked; None: it was, or need not be
+    begun: int  #: the attempt that somebody started
     progress: ShownProgress = field(default_factory=lambda: ShownProgress("vc2", every=0.0))
     ray: HeldSession | None = None
     stages: list[PlannedStage] = field(init=False)  #: as they are now
@@ -141,11 +148,11 @@ class Children:
     def __post_init__(self) -> None:
         self.stages = self.what.stages
 
-    def run(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:
+    def run(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> None:
         """Start or re-attach to the run of a stage, and wait for its end.
 
         Raises:
-            LaunchFailed: If it ended other than well, or well and left no manifest.
+            LaunchFailed: If it ended other than well.
         """
         self._preflight()
         self._gate(planned, inputs)
@@ -164,17 +171,14 @@ class Children:
             job,
             lambda: reached(planned, store),
         )
-        made = find(store, planned.prefix, KINDS[planned.name])
+        made = find(store, planned.prefix, NODES[planned.name].kind)
         if made is None:
-            raise LaunchFailed(
-                f"{planned.name} ended well, yet {store.uri}/{planned.prefix} has no manifest; a new run makes it again"
-            )
+            return  # `drive` says so
         self.todo.remove(planned.name)
         self._tell()
         done = replace(planned, state="done", artifact=made)
         self.stages = [done if stage.name == done.name else stage for stage in self.stages]
         show_cost(spent(self.stages, store))
-        return made
 
     def end_ray(self) -> None:
         """End the Ray session that the shard stages share."""
@@ -191,21 +195,18 @@ class Children:
         far: Callable[[], int] = int,
     ) -> FlowRun:
         with get_client(sync_client=True) as client:
-            child = run_deployment(
-                deployment,
-                parameters=parameters,
-                flow_run_name=deployment,
-                idempotency_key=key,
-                job_variables=job(),
-                timeout=0,
-            )
-            return _wait(client, cast(FlowRun, child), job, far)
+            by_key = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key]))
+            if found := client.read_flow_runs(flow_run_filter=by_key):
+                child = found[0]
+            else:
+                child = _created(deployment, key, parameters, job())
+            return _wait(client, child, job, far, is_rescue=self.begun != this_run.run_count)
 
     def _preflight(self) -> None:
         """Look at what the stages need, once in an attempt, before the first of them."""
         looks, self.looks = self.looks, None
         if looks is not None:
-            self._child("preflight/recipe", f"preflight:{_root()}:{this_run.run_count}", {**self._common(), **looks})
+            self._child("preflight/recipe", f"preflight:{_root()}:{self.begun}", {**self._common(), **looks})
 
     def _gate(self, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> None:
         """Wait for approval before a stage, with samples of the checkpoint that it would start from."""
@@ -254,8 +255,9 @@ class Children:
         return parameters
 
     def _needs_ray(self, planned: PlannedStage) -> bool:
-        """Whether a stage spreads over a Ray of this machine; what runs as a job has its cluster."""
-        return planned.name.startswith("shard/") and getattr(self.what.config, FIELDS[planned.name]).launcher == "local"
+        """Whether a stage can share a Ray of this machine: the stack's runs are all here; a job has its cluster."""
+        is_here = planned.name.startswith("shard/") and bool(os.environ.get("VC2_STACK"))
+        return is_here and getattr(self.what.config, FIELDS[planned.name]).launcher == "local"
 
     def _ray(self) -> dict[str, str]:
         """One Ray session for all shard stages, in a process of its own; a new one where it was lost."""
@@ -272,14 +274,35 @@ def _root() -> str:
     return str(this_run.root_flow_run_id or this_run.id)
 
 
+def _created(deployment: str, key: str, parameters: dict[str, Any], variables: dict[str, Any]) -> FlowRun:
+    try:
+        created = run_deployment(
+            deployment,
+            parameters=parameters,
+            flow_run_name=deployment,
+            idempotency_key=key,
+            job_variables=variables,
+            timeout=0,
+        )
+    except ObjectNotFound:
+        raise ConfigError(f"there is no deployment {deployment}; prefect deploy --all makes it") from None
+    return cast(FlowRun, created)
+
+
 def _wait(
-    client: SyncPrefectClient, child: FlowRun, job: Callable[[], dict[str, Any]], far: Callable[[], int]
+    client: SyncPrefectClient,
+    child: FlowRun,
+    job: Callable[[], dict[str, Any]],
+    far: Callable[[], int],
+    *,
+    is_rescue: bool,
 ) -> FlowRun:
     """Wait until a child is completed.
 
-    One that an earlier attempt left unfinished is put back to work; one that crashes is, as long as that may help.
+    One that an earlier attempt left unfinished is put back to work, unless this attempt is a rescue; one that crashes
+    is, as long as that may help.
     """
-    was_left = _is_final(child) or child.state_type == StateType.CANCELLING
+    was_left = not is_rescue and (_is_final(child) or child.state_type == StateType.CANCELLING)
     away_since: float | None = None
     try:
         while True:
@@ -288,6 +311,8 @@ def _wait(
                     return child
                 _again(client, child, job, far, was_left)
                 was_left = False
+            elif is_put_off(child):
+                put_back(client, child, job())
             time.sleep(LOOK_EVERY)
             try:
                 child, away_since = client.read_flow_run(child.id), None
@@ -295,6 +320,8 @@ def _wait(
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > SERVER_MAY_BE_AWAY:
                     raise
+    except ObjectNotFound:
+        raise LaunchFailed(f"{child.name} was deleted on the server; Retry starts it anew") from None
     except BaseException as error:
         if not isinstance(error, Exception):
             _end_with_us(client, child)
@@ -317,7 +344,8 @@ def _again(
         put_back(client, child, job())
         return
     if child.state_type == StateType.CRASHED:
-        if pause := rescue(client, child, far(), job()):
+        pause = rescue(client, child, far, job)
+        if pause is not None:
             log("%s crashed (%s): trying it again in %.0f s", child.name, message, pause)
             return
         if client.read_flow_run(child.id).state_type == StateType.CANCELLED:

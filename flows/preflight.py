@@ -25,6 +25,7 @@ def preflight(
     stages: tuple[StageName, ...] = (),
     shards: tuple[str, ...] = (),
     checkpoint: str = "",
+    start_at: StageName | None = None,
     repeat: Annotated[int, Field(ge=0)] = 0,
     overrides: PipelineOverrides = AS_IN_RECIPE,  # pyright: ignore[reportInvalidTypeForm]
 ) -> str:
@@ -36,7 +37,7 @@ def preflight(
         stages: Those whose needs are looked at; empty: all that are not done.
         shards: Shard sets that will be taken in place of the recipe's, as URI or source=URI.
         checkpoint: Checkpoint that will be taken in place of the recipe's, by URI.
-        repeat: As the run will have it.
+        start_at, repeat: As the run will have them.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
     looks = preflight_of_recipe(
@@ -45,6 +46,7 @@ def preflight(
         store or default_store(),
         DEFAULT_WORK,
         stages=stages,
+        start_at=start_at,
         repeat=repeat,
         shards=shards,
         checkpoint=checkpoint,

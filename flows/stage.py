@@ -11,7 +11,7 @@ from flows.turns import wait_for_turn
 from vc2.artifacts import Artifact
 from vc2.config import Config
 from vc2.errors import ConfigError, StoreError
-from vc2.pipeline.driver import DAG, PlannedStage, given_artifacts, plan
+from vc2.pipeline.driver import NODES, PlannedStage, given_artifacts, plan
 from vc2.pipeline.recipes import DEFAULT_WORK, PipelineConfig, PipelineOverrides, Recipe, default_store, resolve
 from vc2.pipeline.stages import run_stage
 from vc2.storage import Store, join_uri, open_store
@@ -19,7 +19,6 @@ from vc2.storage import Store, join_uri, open_store
 __all__ = ["RAY_VARIABLES", "Asked", "asked", "opened", "run", "shown"]
 
 RAY_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-NODES = {node.name: node for node in DAG}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ __all__ = ["NO_ANSWER", "SERVER_MAY_BE_AWAY", "supervised", "wait_for_server"]
 NO_ANSWER = (httpx.HTTPError, PrefectHTTPStatusError, OSError)  # of a server that is away, or being restarted
 LOOK_EVERY = 2.0  # seconds
 WORKERS_TURN = 8.0  # seconds that a worker has for a cancelled run; it looks every five
-LAST_RESORT = 90.0  # seconds from SIGTERM to SIGKILL; ranks write a state in between
+LAST_RESORT = 330.0  # seconds from SIGTERM to SIGKILL: more than ranks have to write a state (vc2.train.run)
 SERVER_MAY_BE_AWAY = 900.0  # seconds that a finished run waits to tell so
 
 
@@ -50,7 +50,7 @@ def supervised() -> Iterator[None]:
     if not this_run.id or threading.current_thread() is not threading.main_thread():
         yield  # called as a plain function
         return
-    watch = Watch(UUID(str(this_run.id)), get_run_logger())
+    watch = Watch(UUID(str(this_run.id)), get_run_logger(), this_run.run_count)
     with watch.noting_signals():
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(watch.keep,), name="supervisor", daemon=True).start()
@@ -72,11 +72,11 @@ class Watch:
 
     run_id: UUID
     log: "Logger | LoggerAdapter[Any]"
+    run_count: int  #: of the attempt that this process works on
     over: threading.Event = field(default_factory=threading.Event)
     verdict: str = ""  #: why the work has to end; empty while it may go on
     is_cancelled: bool = False
     is_ending: bool = False  #: whether a SIGTERM came, from whomever
-    run_count: int | None = None
     cancelling_since: float | None = None
 
     def keep(self) -> None:
@@ -103,7 +103,6 @@ class Watch:
             return
         if state == StateType.RUNNING:
             self.cancelling_since = None
-            self.run_count = self.run_count or run.run_count
             if run.run_count > self.run_count:
                 self.verdict = "another process works on this run"
         elif state == StateType.CANCELLING:

@@ -100,7 +100,7 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 def seen(*states: tuple[StateType, int], pause: float = 0.0) -> Watch:
     """A watch that saw a run in these states, each with the run's count of attempts, at such a pause."""
-    watch, now = Watch(uuid4(), get_logger()), [0.0]
+    watch, now = Watch(uuid4(), get_logger(), states[0][1]), [0.0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervise.time, "monotonic", lambda: now[0])
         for kind, count in states:
@@ -165,12 +165,15 @@ def event(name: str, flow: str, run: str) -> ReceivedEvent:
 
 
 def test_automations_cover_our_runs_and_no_others() -> None:
-    """Crashes are looked at unless a driver does; silence is noticed of all."""
-    made = (AutomationCreate.model_validate(data).trigger for data in automations(str(uuid4()), beat=30))
-    silent, crashed = (trigger for trigger in made if isinstance(trigger, EventTrigger))
+    """Crashes are looked at, of drivers and of stages; silence is noticed of all, from the moment a worker took it."""
+    made = (AutomationCreate.model_validate(data).trigger for data in automations(str(uuid4()), str(uuid4()), beat=30))
+    late, silent, crashed, clock = (trigger for trigger in made if isinstance(trigger, EventTrigger))
+    assert not clock.after and not clock.for_each and clock.posture == "Proactive", "it fires though nothing happens"
+    assert late.starts_after("prefect.flow-run.Pending") and late.expects("prefect.flow-run.Running")
+    assert silent.starts_after("prefect.flow-run.Running") and silent.expects("prefect.flow-run.Suspended")
     for flow in WATCHED:
         assert silent.covers(event("prefect.flow-run.heartbeat", flow, "any/name"))
         assert crashed.covers(event("prefect.flow-run.Crashed", flow, "brave-fox")) == (flow in RESCUED)
-        assert not crashed.covers(event("prefect.flow-run.Crashed", flow, "train/full"))
+        assert crashed.covers(event("prefect.flow-run.Crashed", flow, "train/full")) == (flow in RESCUED)
         assert not crashed.covers(event("prefect.flow-run.Failed", flow, "brave-fox"))
     assert not silent.covers(event("prefect.flow-run.heartbeat", "somebody-elses", "brave-fox"))

@@ -34,7 +34,7 @@ from vc2.config import Config, digest
 from vc2.data.config import STAGE as SHARD
 from vc2.data.config import ShardStage, removal_lists
 from vc2.errors import ConfigError, StoreError
-from vc2.pipeline.driver import DAG, GIVEN, Node, PlannedStage, artifact_at, raw_digest
+from vc2.pipeline.driver import DAG, GIVEN, NODES, Node, PlannedStage, artifact_at, raw_digest
 from vc2.pipeline.recipes import PipelineConfig
 from vc2.storage import Store
 
@@ -42,7 +42,6 @@ __all__ = ["Difference", "Past", "Reason", "reasons"]
 
 SHOWN = 3  # differences that are told in a line
 LOOKED_AT = 30  # newest artifacts of a stage among which the nearest is chosen
-NODES: Mapping[str, Node] = {node.name: node for node in DAG}
 KINDS = {ShardSet: "shard set", Checkpoint: "checkpoint", Report: "report"}
 
 
