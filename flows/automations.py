@@ -1,74 +1,80 @@
 """Automations of the server, as code: what is done about runs whose process can do nothing itself any more.
 
-    vc2: no heartbeat     a run that beat and then was silent for three beats is called crashed
-    vc2: crashed          a crashed run that is nobody's child is looked at by deployment rescue/crashed
+    vc2: no start         a run that a worker took, and that did not begin in a quarter of an hour, is called crashed
+    vc2: no heartbeat     a run that began or beat, and then was silent for three beats, is called crashed
+    vc2: crashed          deployment rescue/crashed looks at a crashed run, and leaves it to its driver if that is there
+    vc2: sweep            deployment rescue/sweep does so every few minutes, for all that were missed
 
-A flow run beats every PREFECT_FLOWS_HEARTBEAT_FREQUENCY seconds. If it was alive after all (the server was away for
-long), it ends its work as soon as it hears of it (`flows.supervise`), and goes on where it was like any crashed run.
+A flow run beats as it begins and then as often as its deployment says (`prefect.yaml`). If it was alive after all (the
+server was away for long), it ends its work as soon as it hears of it (`flows.supervise`), and goes on where it was like
+any crashed run.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows.server import Api
+if TYPE_CHECKING:
+    from flows.server import Api
 
 __all__ = ["automations", "register"]
 
 RESCUED = ("vc2", "shard", "train", "evaluate")  # flows of which a crashed run goes on by itself
 WATCHED = (*RESCUED, "preflight", "sample", "rescue")
-BEAT = 30.0  # seconds between two heartbeats of a flow run, where the environment says nothing else
+BEAT = 30.0  # seconds between two heartbeats of a flow run; as in prefect.yaml
 BEATS = 3  # that may be missed
-EVERY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
-ROOT_RUNS = EVERY_RUN | {"prefect.resource.name": "!*/*"}  # a driver names the runs of its stages train/full and so on
+START = 900.0  # seconds that a run may take to begin once a worker took it; a new machine fetches an image
+SWEEP = 300.0  # seconds between two looks for what was missed
+ANYTHING = ["prefect.flow-run.*"]  # that is heard of a run
 
 
-def automations(rescue: str, beat: float | None = None) -> list[dict[str, Any]]:
+def automations(rescue: str, sweep: str, beat: float = BEAT) -> list[dict[str, Any]]:
     """All of them, as the server's interface takes them.
 
     Args:
         rescue: Id of the deployment rescue/crashed.
-        beat: Seconds between two heartbeats of a flow run; None: as in the environment.
+        sweep: Id of the deployment rescue/sweep.
+        beat: Seconds between two heartbeats of a flow run.
     """
-    beat = beat or float(os.environ.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY") or BEAT)
     silent = f"The process is gone, or cut off: no heartbeat for {BEATS * beat:.0f} s."
+    late = f"It did not begin within {START:.0f} s: who took it is gone."
     run_id = {"__prefect_kind": "jinja", "template": "{{ event.resource.id }}"}
     return [
         {
+            "name": "vc2: no start",
+            "description": "Calls a run crashed that a worker took and that did not begin.",
+            "trigger": _silence(WATCHED, after=["prefect.flow-run.Pending"], within=START),
+            "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": late}],
+        },
+        {
             "name": "vc2: no heartbeat",
             "description": "Calls a run crashed whose process was silent for three heartbeats.",
-            "trigger": _trigger(
-                "Proactive",
-                EVERY_RUN,
-                WATCHED,
-                after=["prefect.flow-run.heartbeat"],
-                expect=["prefect.flow-run.*"],
-                for_each=["prefect.resource.id"],
-                within=BEATS * beat,
+            # Of one that is killed before its first beat nothing is heard but that it began.
+            "trigger": _silence(
+                WATCHED, after=["prefect.flow-run.Running", "prefect.flow-run.heartbeat"], within=BEATS * beat
             ),
             "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": silent}],
         },
         {
             "name": "vc2: crashed",
             "description": "Puts a crashed run back to work after a pause, as long as that gets it further.",
-            "trigger": _trigger("Reactive", ROOT_RUNS, RESCUED, expect=["prefect.flow-run.Crashed"], within=0),
-            "actions": [
-                {
-                    "type": "run-deployment",
-                    "source": "selected",
-                    "deployment_id": rescue,
-                    "parameters": {"run": run_id},
-                }
-            ],
+            "trigger": _trigger("Reactive", RESCUED, expect=["prefect.flow-run.Crashed"], within=0),
+            "actions": [_start(rescue, run=run_id)],
+        },
+        {
+            "name": "vc2: sweep",
+            "description": "Looks for crashed runs that were missed.",
+            # A clock: it waits in vain. (With SQLAlchemy 2.1 Prefect 3.8.8 starts nothing by a deployment's schedule.)
+            "trigger": _trigger("Proactive", RESCUED, expect=["vc2.never"], within=SWEEP),
+            "actions": [_start(sweep, run="")],
         },
     ]
 
 
-def register(api: Api, beat: float | None = None) -> None:
+def register(api: "Api", beat: float = BEAT) -> None:
     """Bring the automations of a server in line with these; others are left alone."""
-    deployment = api.get("/deployments/name/rescue/crashed")
+    rescue, sweep = (api.get(f"/deployments/name/rescue/{name}")["id"] for name in ("crashed", "sweep"))
     known = {found["name"]: found for found in api.post("/automations/filter", {"limit": 200})}
-    for wanted in automations(deployment["id"], beat):
+    for wanted in automations(rescue, sweep, beat):
         found = known.get(wanted["name"])
         if found is None:
             api.post("/automations/", wanted)
@@ -76,12 +82,22 @@ def register(api: Api, beat: float | None = None) -> None:
             api.put(f"/automations/{found['id']}", wanted)
 
 
-def _trigger(
-    posture: str, match: Mapping[str, Any], flows: Sequence[str], *, expect: list[str], within: float, **more: Any
-) -> dict[str, Any]:
+def _silence(flows: Sequence[str], *, after: list[str], within: float) -> dict[str, Any]:
+    """Nothing is heard of a run for so many seconds after one of these events."""
+    each = {"after": after, "for_each": ["prefect.resource.id"]}
+    return _trigger("Proactive", flows, expect=ANYTHING, within=within) | each
+
+
+def _trigger(posture: str, flows: Sequence[str], *, expect: list[str], within: float) -> dict[str, Any]:
     related = {"prefect.resource.role": "flow", "prefect.resource.name": list(flows)}
-    base = {"type": "event", "posture": posture, "match": dict(match), "match_related": related, "threshold": 1}
-    return base | {"expect": expect, "within": within} | more
+    match = {"prefect.resource.id": "prefect.flow-run.*"}
+    base = {"type": "event", "posture": posture, "match": match, "match_related": related, "threshold": 1}
+    return base | {"expect": expect, "within": within}
+
+
+def _start(deployment: str, **parameters: Any) -> dict[str, Any]:
+    chosen = {"type": "run-deployment", "source": "selected", "deployment_id": deployment}
+    return chosen | {"parameters": parameters}
 
 
 def _has(found: Any, wanted: Any) -> bool:

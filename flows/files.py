@@ -8,7 +8,7 @@ A browser will not follow a link from a page of the server to a file on disk, so
 listens on loopback alone and, like the Prefect server beside it, asks nobody who they are. So it hands out nothing but
 what is made to be looked at: neither weights nor shards, nothing hidden, nothing outside of the store. A name in the
 `Host` header other than this machine's own means that a page of somebody else talks to us, under a name that it made
-point here: refused. Pages may not load anything from elsewhere, nor send anything anywhere.
+point here: refused. Pages load nothing from elsewhere; where a link in them leads is for whoever follows it to see.
 
 `python -m flows.files --store FOLDER --port N` runs it alone.
 """

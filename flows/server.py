@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 import psutil
 
+from flows.automations import register
 from flows.tied import PARENT
 from vc2.errors import Vc2Error
 
@@ -39,7 +40,8 @@ HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "vc2"
 QUEUES = ("driver", "stages")
-UNFINISHED = ("RUNNING", "PENDING", "CANCELLING", "PAUSED", "SCHEDULED")
+AT_WORK = ("RUNNING", "PENDING", "CANCELLING")  # states of a run that some process has to work on
+PAGE = 200  # runs that the server tells of at a time, at most
 START_LIMIT = 180.0  # seconds; a cold start on a busy machine takes 45
 BUSY_LIMIT = 60.0  # seconds that a server may be too busy to answer
 
@@ -75,7 +77,14 @@ class Api:
             return False
 
     def flow_runs(self, **filters: Any) -> list[dict[str, Any]]:
-        return self.post("/flow_runs/filter", {"flow_runs": filters, "sort": "START_TIME_ASC", "limit": 200})
+        """All runs that pass the filters, by id: an order that stays while runs go on."""
+        found: list[dict[str, Any]] = []
+        while len(found) % PAGE == 0:
+            asked = {"flow_runs": filters, "sort": "ID_DESC", "limit": PAGE, "offset": len(found)}
+            if not (page := self.post("/flow_runs/filter", asked)):
+                break
+            found += page
+        return found
 
     def set_state(self, run: str, state: str, name: str, message: str) -> None:
         self.post(
@@ -128,7 +137,6 @@ def environment(work: Path, store: str, port: int, *, tied: bool, files_url: str
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "PREFECT_LOGGING_LEVEL": "INFO",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "vc2",  # what our own modules and ranks say stands in the run's log
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a run without is a lost one (`flows.automations`)
         "PREFECT_LOGGING_COLORS": "false",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_CLI_PROMPT": "false",
@@ -325,6 +333,10 @@ class Stack:
                 start_new_session=True,
             )
         self.owned[name] = Owned(process.pid, psutil.Process(process.pid).create_time())
+        self.record()
+
+    def record(self) -> None:
+        """Note which processes are ours, for whoever comes after us."""
         record = {"port": self.port, "files_port": self.files_port, "store": self.store, "tied": self.tied}
         owned = {name: {"pid": o.pid, "started": o.started} for name, o in self.owned.items()}
         place = self.work / "prefect" / "stack.json"
@@ -376,38 +388,39 @@ class Stack:
             self.api.create(f"/work_pools/{POOL}/queues", {"name": queue})
 
     def _lost_runs(self) -> list[dict[str, Any]]:
-        """Unfinished runs that nobody works on, those of stages before those that drive them.
+        """Runs that should be worked on and are not, those of stages before those that drive them.
 
-        A run that is suspended at a gate has no process and is not lost; nor is one that waits for its time.
+        A run that is suspended at a gate has no process and is not lost. Nor is one that waits for its time, be it a
+        stage whose driver is alive: a worker takes it. But a stack that ends with its demo takes up nothing old.
         """
         working = set(_environments("PREFECT__FLOW_RUN_ID"))
-        found = self.api.flow_runs(state={"type": {"any_": list(UNFINISHED)}})
-        lost = [run for run in found if run["id"] not in working and (self.tied or _needs_process(run))]
+        states = [*AT_WORK, "SCHEDULED"] if self.tied else [*AT_WORK]
+        found = self.api.flow_runs(state={"type": {"any_": states}})
+        lost = [run for run in found if run["id"] not in working]
         return sorted(lost, key=lambda run: run["parent_task_run_id"] is None)
 
     def _settle(self, lost: list[dict[str, Any]]) -> None:
         """Say that nobody works on these runs any more, which also frees their concurrency slots.
 
-        What a stack that stays was doing has crashed, and is put back to work as any crashed run is. A stack that ends
-        with its demo takes nothing up again; nor may stages start without the driver that asked for them.
+        What a stack that stays was doing has crashed, and is put back to work as any crashed run is. What a demo was
+        doing has ended with it.
         """
         for run in lost:
-            if self.tied or run["state_type"] == "SCHEDULED":
+            if self.tied:
                 self.api.set_state(run["id"], "CANCELLED", "Cancelled", "Left over from an earlier stack.")
             else:
                 self.api.set_state(run["id"], "CRASHED", "Crashed", "The process that ran it is gone.")
 
     def _deploy(self) -> None:
-        """Deploy prefect.yaml and the automations, unless the server already has exactly that."""
+        """Deploy prefect.yaml, unless the server already has exactly that; and the automations, which cost little."""
         stamp, wanted = self.work / "prefect" / "deployed", _deployment_digest()
-        known = self.api.get("/deployments/name/vc2/full-pipeline") is not None
-        if known and stamp.is_file() and stamp.read_text() == wanted:
-            return
-        done = self.prefect("--no-prompt", "deploy", "--all")
-        if done.returncode:
-            raise StackError(f"prefect deploy --all failed:\n{(done.stdout + done.stderr)[-2000:]}")
-        _register_automations(self.api)
-        stamp.write_text(wanted)
+        is_known = all(self.api.get(f"/deployments/name/{name}") for name in ("vc2/full-pipeline", "rescue/sweep"))
+        if not is_known or not stamp.is_file() or stamp.read_text() != wanted:
+            done = self.prefect("--no-prompt", "deploy", "--all")
+            if done.returncode:
+                raise StackError(f"prefect deploy --all failed:\n{(done.stdout + done.stderr)[-2000:]}")
+            stamp.write_text(wanted)
+        register(self.api)
 
     def _left_behind(self) -> list[psutil.Process]:
         marked = _environments("VC2_STACK", str(self.work / "prefect"))
@@ -417,21 +430,6 @@ class Stack:
 
 def _is_remote(store: str) -> bool:
     return "://" in store and not store.startswith("file://")
-
-
-def _needs_process(run: Mapping[str, Any]) -> bool:
-    """Whether an unfinished run cannot go on unless a process works on it."""
-    if run["state_type"] == "SCHEDULED":
-        return run["parent_task_run_id"] is not None
-    return run["state_name"] != "Suspended"
-
-
-def _register_automations(api: Api) -> None:
-    try:
-        from flows.automations import register
-    except ModuleNotFoundError:
-        return
-    register(api)
 
 
 def _environments(name: str, value: str | None = None) -> Any:

@@ -172,10 +172,15 @@ def _standing(options: argparse.Namespace) -> Stack | None:
 
 
 def _new(options: argparse.Namespace, *, tied: bool) -> Stack:
-    port = options.port or DEFAULT_PORT
-    if tied and options.port is None and not is_free(port):
-        port = free_port()
-    return Stack(options.work, options.store or str(options.work / "store"), port, tied)
+    """A stack with the store and ports asked for; else with those of the one that was up when the machine went down."""
+    before = Stack.recorded(options.work)
+    if before is None or before.tied:
+        before = Stack(options.work, str(options.work / "store"), DEFAULT_PORT)
+    port, files_port = options.port or before.port, before.files_port
+    if tied:
+        port = port if options.port or is_free(port) else free_port()
+        files_port = 0  # no link outlives a demo
+    return Stack(options.work, options.store or before.store, port, tied, files_port=files_port)
 
 
 def _submit(stack: Stack, arguments: list[str]) -> str:

@@ -14,14 +14,16 @@ from tests.flows.stacks import TINY_WORLD, Running, stack_command, wait_until
 from vc2.pipeline.driver import STAGES
 
 DRIVER = "vc2/full-pipeline"
-OTHERS = ("preflight/recipe", "sample/grid", "rescue/crashed")
+ALONE = ("train/full", "train/spatial", "rescue/sweep")  # one run at a time
+OTHERS = ("preflight/recipe", "sample/grid", "rescue/crashed", "rescue/sweep")
 
 
 # ---- what is deployed ----
 
 
 def test_the_deployments_of_the_design_exist(running: Running) -> None:
-    """One per stage of the DAG, the driver and what it needs, each in its queue; trainings of a stage wait in line."""
+    """One per stage of the DAG, the driver and what it needs, each in its queue; trainings of a stage wait in line. So
+    that a day without a worker ends in one sweep, not in hundreds, those that meet are dropped."""
     pools = {}
     for name in (DRIVER, *STAGES, *OTHERS):
         found = running.api.get(f"/deployments/name/{name}")
@@ -29,11 +31,12 @@ def test_the_deployments_of_the_design_exist(running: Running) -> None:
         assert found["description"] and "vc2" in found["tags"]
         assert found["parameters"].get("recipe", "miniature") == "miniature"
         limit = found["global_concurrency_limit"]
-        assert (limit["limit"] if limit else None) == (1 if name.startswith("train/") else None)
+        assert (limit["limit"] if limit else None) == (1 if name in ALONE else None)
         if limit:
-            assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+            strategy = "CANCEL_NEW" if name == "rescue/sweep" else "ENQUEUE"
+            assert found["concurrency_options"]["collision_strategy"] == strategy
         pools[name] = (found["work_pool_name"], found["work_queue_name"])
-    assert {pools.pop(DRIVER), pools.pop("rescue/crashed")} == {("vc2", "driver")}
+    assert {pools.pop(name) for name in (DRIVER, "rescue/crashed", "rescue/sweep")} == {("vc2", "driver")}
     assert set(pools.values()) == {("vc2", "stages")}
 
 
@@ -66,7 +69,7 @@ def test_every_field_of_a_form_has_help_and_every_number_a_limit(running: Runnin
     fields = dict(leaves(schema, schema.get("definitions", {})))
     assert [path for path, field in fields.items() if not field.get("description")] == []
     assert [path for path, field in fields.items() if not is_limited(field)] == []
-    assert len(fields) > (1 if name == "rescue/crashed" else 200) - 1
+    assert len(fields) > (1 if name.startswith("rescue/") else 200) - 1
 
 
 def test_automations_are_registered_once_and_kept_in_line(running: Running) -> None:
@@ -76,7 +79,7 @@ def test_automations_are_registered_once_and_kept_in_line(running: Running) -> N
         return {found["name"]: found for found in running.api.post("/automations/filter")}
 
     before = known()
-    assert set(before) == {wanted["name"] for wanted in automations("")}
+    assert set(before) == {wanted["name"] for wanted in automations("", "")}
     register(running.api)
     assert known() == before
     register(running.api, beat=1000)
@@ -114,6 +117,7 @@ def test_what_cannot_be_fails_at_once_in_one_sentence(running: Running) -> None:
     store = running.work / "store"
     wrong = {
         running.submit(start_at="train/spatial", stop_after="train/full"): "comes after",
+        running.submit(gate_before="train/full", stop_after="shard/webvid"): "none of the stages asked for",
         running.submit(checkpoint="/elsewhere/runs/full/0"): "is not in the store",
         running.submit("train/full", shards=[f"webvid={store}/shards/webvid/none"]): "no manifest",
         running.submit("evaluate/evalcrafter", store="ftp://host/x"): "unknown scheme",

@@ -1,19 +1,29 @@
 """What our server is told, how its processes are told from others, and a stack that stays up: started twice, with parts
 of it killed, ended twice."""
 
+import argparse
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
 import pytest
+import yaml
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Origin, Subprotocol
 
+from flows import automations, server
 from flows.follow import Row, _Lines
-from flows.server import ROOT, Owned, Stack, StackError, _needs_process, environment, free_port, held_lock
+from flows.server import ROOT, Owned, Stack, StackError, environment, free_port, held_lock
+from flows.stack import _new
 from tests.flows.stacks import TINY_WORLD, Running, processes_of, wait_until
 from vc2.storage import LocalStore
 
@@ -80,20 +90,26 @@ def test_a_line_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines() == ["shard/webvid: running", "shard/webvid: done in 3 s"]
 
 
-@pytest.mark.parametrize(
-    ("state", "name", "parent", "needs"),
-    [
-        ("RUNNING", "Running", None, True),
-        ("PENDING", "Pending", "task", True),
-        ("PAUSED", "Suspended", None, False),
-        ("PAUSED", "Paused", None, True),
-        ("SCHEDULED", "Scheduled", None, False),
-        ("SCHEDULED", "Scheduled", "task", True),
-    ],
-)
-def test_some_runs_wait_without_a_process(state: str, name: str, parent: str | None, needs: bool) -> None:
-    """Those at a gate, and those whose time has not come; a stage's run is nothing without its driver."""
-    assert _needs_process({"state_type": state, "state_name": name, "parent_task_run_id": parent}) is needs
+def test_every_flow_run_beats_as_often_as_the_automations_expect() -> None:
+    """Wherever it runs: its deployment says so, not the environment of the worker that happens to take it."""
+    for deployment in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
+        settings = deployment["work_pool"]["job_variables"]["env"]
+        assert settings["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == f"{automations.BEAT:.0f}", deployment["name"]
+
+
+def test_a_stack_comes_back_from_a_reboot_where_it_was(tmp_path: Path) -> None:
+    """With the store and ports that it had, and that links name, unless others are asked for; `down` forgets them."""
+
+    def asked(store: str | None = None, port: int | None = None) -> Stack:
+        return _new(argparse.Namespace(work=tmp_path, store=store, port=port), tied=False)
+
+    before = Stack(tmp_path, "s3://bucket/prefix", 4711, files_port=4713)
+    (tmp_path / "prefect").mkdir()
+    before.record()
+    assert asked() == before
+    assert asked("/elsewhere", 5000) == replace(before, store="/elsewhere", port=5000)
+    before.stop()
+    assert (asked().store, asked().files_port) == (str(tmp_path / "store"), 0)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +188,77 @@ def test_a_page_of_somebody_else_cannot_talk_to_the_server(standing: Stack) -> N
         for origin, allowed in (("http://evil.example", None), (standing.url, standing.url)):
             answer = client.get("/api/health", headers={"Origin": origin})
             assert answer.headers.get("access-control-allow-origin") == allowed
+    for path in ("/events/in", "/events/out", "/logs/out"):  # no browser asks leave for these
+        place = standing.api.url.replace("http", "ws") + path
+        for origin in ("http://evil.example", "http://127.0.0.1.evil.example", "https://[", "null"):
+            with pytest.raises(InvalidStatus, match="403"):
+                connect(place, origin=Origin(origin), proxy=None)
+        for origin in (None, Origin(standing.url), Origin("http://localhost:1234")):  # a worker, the UI, a tunnel to it
+            connect(place, origin=origin, proxy=None, subprotocols=[Subprotocol("prefect")]).close()
+
+
+def test_an_automation_reaches_its_own_server(standing: Stack) -> None:
+    """It calls the server from inside, under a name that nobody else may use."""
+    api, name = standing.api, f"test.{uuid4()}"
+    queue = api.post("/work_pools/vc2/queues", {"name": "aside"})["id"]
+    trigger = {"type": "event", "posture": "Reactive", "expect": [name], "threshold": 1, "within": 0}
+    action = {"type": "pause-work-queue", "source": "selected", "work_queue_id": queue}
+    made = api.post("/automations/", {"name": name, "trigger": trigger, "actions": [action]})["id"]
+    event = {"occurred": datetime.now(UTC).isoformat(), "event": name, "resource": {"prefect.resource.id": name}}
+
+    def paused() -> bool:
+        api._call("POST", "/events", [event | {"id": str(uuid4())}])  # pyright: ignore[reportArgumentType]
+        return api.get("/work_pools/vc2/queues/aside")["is_paused"]
+
+    wait_until(paused, "the queue is not paused", seconds=60)
+    api._call("DELETE", f"/automations/{made}", None)
+    api._call("DELETE", "/work_pools/vc2/queues/aside", None)
+
+
+def test_an_automation_that_was_deleted_comes_back(standing: Stack) -> None:
+    """Though nothing has to be deployed."""
+
+    def known() -> dict[str, str]:
+        return {found["name"]: found["id"] for found in standing.api.post("/automations/filter")}
+
+    before, deployed = known(), standing.api.get("/deployments/name/rescue/crashed")["updated"]
+    standing.api._call("DELETE", f"/automations/{before['vc2: crashed']}", None)
+    standing.start()
+    assert known().keys() == before.keys() and known() != before
+    assert standing.api.get("/deployments/name/rescue/crashed")["updated"] == deployed
+
+
+def test_what_was_missed_is_looked_for_by_the_clock(standing: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing happens that an automation could wait for. Of sweeps that meet, one runs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(automations, "SWEEP", 10.0)
+        automations.register(standing.api)
+    sweep = standing.api.get("/deployments/name/rescue/sweep")["id"]
+    swept = {"deployment_id": {"any_": [sweep]}, "state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    (first, *_) = wait_until(lambda: standing.api.flow_runs(**swept), "no sweep")
+    automations.register(standing.api)
+    assert first["state_type"] == "COMPLETED" and first["parameters"] == {"run": ""}, first["state"]
+
+
+def test_who_has_to_be_worked_on_is_lost_where_nobody_does(standing: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many. A gate waits for its answer, and a run for its time or for a worker; but nothing that was to come
+    in a demo is taken up by another."""
+    monkeypatch.setattr(server, "PAGE", 2)
+    states = ["RUNNING", "PENDING", "CANCELLING", "PAUSED", "SCHEDULED"]
+    runs = {state: planted(standing, state) for state in states}
+    for tied in (False, True):
+        lost = {run["id"] for run in replace(standing, tied=tied)._lost_runs()}
+        assert {state for state in states if runs[state] in lost} == {*states[:3], *(["SCHEDULED"] if tied else [])}
+    for run in runs.values():
+        standing.api.set_state(run, "CANCELLED", "Cancelled", "")
+
+
+def planted(stack: Stack, kind: str, deployment: str = "shard/webvid") -> str:
+    """A run that is in this state from the beginning; one that is scheduled, in an hour."""
+    later = {"state_details": {"scheduled_time": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}}
+    found = stack.api.get(f"/deployments/name/{deployment}")["id"]
+    asked = {"state": {"type": kind} | (later if kind == "SCHEDULED" else {})}
+    return stack.api.post(f"/deployments/{found}/create_flow_run", asked)["id"]
 
 
 def test_a_stage_run_by_hand_shows_what_it_made(standing: Stack) -> None:
@@ -194,30 +281,26 @@ def test_a_stage_run_by_hand_shows_what_it_made(standing: Stack) -> None:
 
     (prefix,) = (entry.key.rpartition("/")[0] for entry in LocalStore(standing.work / "store").list("shards/webvid/")
                  if entry.key.endswith("/manifest.json"))  # fmt: skip
-    event = wait_until(lambda: asset_events(standing, "prefect.asset.materialization"), "no asset", seconds=60)[0]
+    event = wait_until(lambda: events(standing, "prefect.asset.materialization"), "no asset", seconds=60)[0]
     assert event["event"] == "prefect.asset.materialization.succeeded"
     assert event["resource"]["prefect.resource.id"] == f"file://{standing.work}/store/{prefix}"
     assert event["resource"]["prefect.asset.url"].startswith(standing.files_url)
     assert event["payload"]["rows"] == TINY_WORLD["num_videos"]
+    beats = events(standing, "prefect.flow-run.heartbeat")
+    assert f"prefect.flow-run.{run}" in {beat["resource"]["prefect.resource.id"] for beat in beats}
     assert f"prefect.flow-run.{run}" in {related["prefect.resource.id"] for related in event["related"]}
 
 
-def asset_events(stack: Stack, prefix: str) -> list[dict[str, Any]]:
+def events(stack: Stack, prefix: str) -> list[dict[str, Any]]:
     asked = {"filter": {"event": {"prefix": [prefix]}}, "limit": 20}
     return stack.api.post("/events/filter", asked)["events"]
 
 
 def test_what_was_killed_is_started_and_nothing_else(standing: Stack) -> None:
-    """And runs whose process is gone are told so, but not those that wait for an approval."""
+    """And runs whose process is gone are told so, but not those that wait for an approval, or for their turn."""
     kill(standing, "files", "worker")
     assert command(standing.work, "status").returncode == 1
-    found = standing.api.get("/deployments/name/shard/webvid")["id"]
-    lost, waiting, child = (
-        standing.api.post(f"/deployments/{found}/create_flow_run", {"parameters": {}})["id"] for _ in range(3)
-    )
-    standing.api.set_state(lost, "RUNNING", "Running", "")
-    standing.api.set_state(waiting, "PAUSED", "Suspended", "")
-    standing.api.set_state(child, "CANCELLED", "Cancelled", "")
+    lost, waiting, turn = (planted(standing, kind) for kind in ("RUNNING", "PAUSED", "SCHEDULED"))
     before, files_url = pids(standing), standing.files_url
     done = command(standing.work, "up")
     assert done.stdout.startswith("running: server; started: files, worker\n"), done.stdout + done.stderr
@@ -226,8 +309,9 @@ def test_what_was_killed_is_started_and_nothing_else(standing: Stack) -> None:
     assert f"files    {files_url}" in done.stdout, "links that were given still lead there"
     states = standing.api.get(f"/flow_run_states/?flow_run_id={lost}")
     assert "The process that ran it is gone." in [state["message"] for state in states]
-    assert standing.api.get(f"/flow_runs/{waiting}")["state_name"] == "Suspended"
-    for run in (lost, waiting):
+    assert standing.api.get(f"/flow_runs/{waiting}")["state_type"] == "PAUSED"
+    assert standing.api.get(f"/flow_runs/{turn}")["state_type"] == "SCHEDULED"
+    for run in (lost, waiting, turn):
         standing.api.set_state(run, "CANCELLED", "Cancelled", "")
 
     recorded = Stack.recorded(standing.work)
