@@ -1,6 +1,5 @@
 """Automations of the server, as code: what is done about runs whose process can do nothing itself any more.
 
-    vc2: no start         a run that a worker took, and that did not begin in a quarter of an hour, is called crashed
     vc2: no heartbeat     a run that began or beat, and then was silent for three beats, is called crashed
     vc2: crashed          deployment rescue/crashed looks at a crashed run, and leaves it to its driver if that is there
     vc2: sweep            deployment rescue/sweep does so every few minutes, for all that were missed
@@ -22,9 +21,7 @@ RESCUED = ("vc2", "shard", "train", "evaluate")  # flows of which a crashed run 
 WATCHED = (*RESCUED, "preflight", "sample", "rescue")
 BEAT = 30.0  # seconds between two heartbeats of a flow run; as in prefect.yaml
 BEATS = 3  # that may be missed
-START = 900.0  # seconds that a run may take to begin once a worker took it; a new machine fetches an image
 SWEEP = 300.0  # seconds between two looks for what was missed
-ANYTHING = ["prefect.flow-run.*"]  # that is heard of a run
 
 
 def automations(rescue: str, sweep: str, beat: float = BEAT) -> list[dict[str, Any]]:
@@ -36,22 +33,17 @@ def automations(rescue: str, sweep: str, beat: float = BEAT) -> list[dict[str, A
         beat: Seconds between two heartbeats of a flow run.
     """
     silent = f"The process is gone, or cut off: no heartbeat for {BEATS * beat:.0f} s."
-    late = f"It did not begin within {START:.0f} s: who took it is gone."
     run_id = {"__prefect_kind": "jinja", "template": "{{ event.resource.id }}"}
     return [
-        {
-            "name": "vc2: no start",
-            "description": "Calls a run crashed that a worker took and that did not begin.",
-            "trigger": _silence(WATCHED, after=["prefect.flow-run.Pending"], within=START),
-            "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": late}],
-        },
         {
             "name": "vc2: no heartbeat",
             "description": "Calls a run crashed whose process was silent for three heartbeats.",
             # Of one that is killed before its first beat nothing is heard but that it began.
-            "trigger": _silence(
-                WATCHED, after=["prefect.flow-run.Running", "prefect.flow-run.heartbeat"], within=BEATS * beat
-            ),
+            "trigger": {
+                **_trigger("Proactive", WATCHED, expect=["prefect.flow-run.*"], within=BEATS * beat),
+                "after": ["prefect.flow-run.Running", "prefect.flow-run.heartbeat"],
+                "for_each": ["prefect.resource.id"],
+            },
             "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "message": silent}],
         },
         {
@@ -80,12 +72,6 @@ def register(api: "Api", beat: float = BEAT) -> None:
             api.post("/automations/", wanted)
         elif not _has(found, wanted):
             api.put(f"/automations/{found['id']}", wanted)
-
-
-def _silence(flows: Sequence[str], *, after: list[str], within: float) -> dict[str, Any]:
-    """Nothing is heard of a run for so many seconds after one of these events."""
-    each = {"after": after, "for_each": ["prefect.resource.id"]}
-    return _trigger("Proactive", flows, expect=ANYTHING, within=within) | each
 
 
 def _trigger(posture: str, flows: Sequence[str], *, expect: list[str], within: float) -> dict[str, Any]:

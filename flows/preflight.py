@@ -37,7 +37,8 @@ def preflight(
         stages: Those whose needs are looked at; empty: all that are not done.
         shards: Shard sets that will be taken in place of the recipe's, as URI or source=URI.
         checkpoint: Checkpoint that will be taken in place of the recipe's, by URI.
-        start_at, repeat: As the run will have them.
+        start_at: First stage that may run, as the run will have it.
+        repeat: As the run will have it.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
     looks = preflight_of_recipe(

@@ -180,16 +180,12 @@ def far(stages: list[PlannedStage], store: Store) -> int:
 
 @flow(name="rescue")
 @told_in_one_line
-def crashed(
-    run: Annotated[
-        str,
-        Field(
-            description="id of the crashed flow run; empty: all that crashed within a day and were not given up",
-            pattern="^$|[0-9a-fA-F-]{36}$",
-        ),
-    ] = "",
-) -> str:
-    """Put crashed runs back to work that no driver sees to, if their work got further since the last time."""
+def crashed(run: Annotated[str, Field(pattern="^$|[0-9a-fA-F-]{36}$")] = "") -> str:
+    """Put crashed runs back to work that no driver sees to, if their work got further since the last time.
+
+    Args:
+        run: Id of the crashed flow run; empty: all that crashed within a day and were not given up.
+    """
     with get_client(sync_client=True) as client:
         if not run:
             return "; ".join([_see_to(client, missed) for missed in _missed(client)]) or "no run is left crashed"

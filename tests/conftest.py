@@ -22,6 +22,20 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VC2_OFFLINE", "1")  # no test asks a model hub
 
+# Each of these starts a server, a worker and whole stages, or a Ray cluster: one at a time is enough for two cores.
+HEAVY = ("tests/flows/test_flow_runs.py", "tests/flows/test_gates.py", "tests/flows/test_prefect_server.py",
+         "tests/flows/test_retry_matrix.py", "tests/flows/test_soak.py", "tests/infra/test_deploy.py",
+         "tests/test_secrets.py", "tests/test_ray_session.py", "tests/pipeline/test_remote.py",
+         "tests/pipeline/test_hosts.py", "tests/data/test_kills.py", "tests/data/test_two_nodes.py",
+         "tests/train/test_launchers.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay together on one worker (`--dist loadgroup`), and so do all heavy files."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("heavy" if file in HEAVY else file))
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:

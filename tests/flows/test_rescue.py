@@ -167,9 +167,8 @@ def event(name: str, flow: str, run: str) -> ReceivedEvent:
 def test_automations_cover_our_runs_and_no_others() -> None:
     """Crashes are looked at, of drivers and of stages; silence is noticed of all, from the moment a worker took it."""
     made = (AutomationCreate.model_validate(data).trigger for data in automations(str(uuid4()), str(uuid4()), beat=30))
-    late, silent, crashed, clock = (trigger for trigger in made if isinstance(trigger, EventTrigger))
+    silent, crashed, clock = (trigger for trigger in made if isinstance(trigger, EventTrigger))
     assert not clock.after and not clock.for_each and clock.posture == "Proactive", "it fires though nothing happens"
-    assert late.starts_after("prefect.flow-run.Pending") and late.expects("prefect.flow-run.Running")
     assert silent.starts_after("prefect.flow-run.Running") and silent.expects("prefect.flow-run.Suspended")
     for flow in WATCHED:
         assert silent.covers(event("prefect.flow-run.heartbeat", flow, "any/name"))
