@@ -43,7 +43,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["run", "--checkpoint", "/elsewhere/runs/full/x"], "is not in the store"),
         (["shard", "./no-such-folder"], "no such folder or file, and no source of that name"),
         (["shard", ".", "--set", "form.width=8"], "needs --media video or --media image"),
-        (["plan", "paper"], "prompts cannot be read"),
+        (["train", "full", "--recipe", "paper"], "prompts cannot be read"),
         (["show", "nonsense"], "is no URI of an artifact"),
         (["plan", "--store", "ftp://x"], "unknown scheme"),
         (["shard", ".", "--media", "image", "--dry-run", "--retry", "timeout"], "leave out --retry"),

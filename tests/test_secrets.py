@@ -67,7 +67,8 @@ class Seen:
                 self.look_at_ray(Path(token))
 
     def look_at_ray(self, token: Path) -> None:
-        for path in token.parent.rglob("*"):
+        places = [Path(folder, name) for folder, _, names in os.walk(token.parent) for name in names]
+        for path in places:  # of a session that may end at any moment
             try:
                 if path == token:
                     self.tokens.add(path.read_text())
