@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from flows.follow import FINAL
-from flows.server import ROOT, UNFINISHED, Stack, StackError, free_port
+from flows.server import ROOT, Stack, StackError, free_port
 from tests.digests import as_options, faults_of, made
 from tests.faults import FaultyProxy
 from tests.flows.stacks import TINY_WORLD, Running, processes_of, wait_until
@@ -42,6 +42,7 @@ TINY = {
     "spatial": TINY_TRAINING | {"num_steps": 6, "state_every_steps": 2, "world_size": 1},
     "evaluation": {"sampler": {"num_steps": 2}, "group_size": 1, "world_size": 1, "metrics": ["Flow_Score"]},
 }
+UNFINISHED = ("RUNNING", "PENDING", "CANCELLING", "PAUSED", "SCHEDULED")
 FAULTS = 0.02  # share of calls to the store that fail
 MOST_TRIES = 8
 LIMIT = 1200.0  # seconds for a run with all its tries
