@@ -23,7 +23,7 @@ def test_files_are_served_on_loopback_and_read_only() -> None:
     """The file server asks nobody who they are."""
     files = SERVICES["files"]
     assert files["command"][:3] == ["python", "-m", "flows.files"] and HOST == "127.0.0.1"
-    assert files["network_mode"] == "host" and files["volumes"] == ["work:/work:ro"]
+    assert files["network_mode"] == "host" and files["volumes"] == ["work:/srv/vc2:ro"]
     port = files["command"][files["command"].index("--port") + 1]
     assert SERVICES["worker"]["environment"]["VC2_FILES_URL"] == f"http://{HOST}:{port}"
 
