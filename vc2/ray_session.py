@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -491,12 +492,12 @@ def _keep_watch(folder: Path) -> None:
     while os.getppid() == owner:
         with suppress(psutil.Error):
             family |= _marked(folder, psutil.Process(owner).children())
-        family |= _children(family)
+        family |= _descendants(family)
         time.sleep(OURS)
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:  # again, for what is born while its parents are killed
         family |= _marked(folder, psutil.process_iter())
-        family |= _children(family)
+        family |= _descendants(family)
         alive = [process for process in family if not _has_ended(process)]
         if not alive:
             break
@@ -519,13 +520,19 @@ def _marked(folder: Path, processes: "Iterable[psutil.Process]") -> "set[psutil.
     return found
 
 
-def _children(family: "set[psutil.Process]") -> "set[psutil.Process]":
+def _descendants(family: "set[psutil.Process]") -> "set[psutil.Process]":
+    """Children of those who live, and theirs, found in one look at all processes."""
     import psutil
 
-    found = set[psutil.Process]()
-    for process in family:
-        with suppress(psutil.Error):
-            found |= set(process.children(recursive=True))
+    born = defaultdict[int, list[psutil.Process]](list)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it is gone
+            born[process.ppid()].append(process)
+    found, parents = set[psutil.Process](), [process.pid for process in family if not _has_ended(process)]
+    while parents:
+        children = set(born[parents.pop()]) - found
+        found |= children
+        parents += [child.pid for child in children]
     return found
 
 

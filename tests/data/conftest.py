@@ -3,7 +3,8 @@
 import hashlib
 import importlib.util
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -74,13 +75,21 @@ def photographs() -> list[Path]:
     return [package_file("sklearn", f"datasets/images/{name}") for name in names]
 
 
-@pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
+RAY = ExitStack()  # what ends the Ray session of this folder's tests
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ray ends with the last test of this folder, not with the last of all: idle it takes a quarter of a core."""
+    if nextitem is None or nextitem.path.parent != Path(__file__).parent:
+        RAY.close()
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> str:
     """One Ray session for all tests of this folder."""
     from vc2.ray_session import ray_session
 
-    with ray_session(2) as held:
-        yield held.address
+    return RAY.enter_context(ray_session(2)).address
 
 
 class SetMaker:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -52,28 +52,25 @@ def awaited(process: psutil.Process, count: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture
-def a_rank_that_never_comes() -> Iterator[list[psutil.Process]]:
-    """The second rank of what this process starts, stopped as soon as it is there.
+@contextlib.contextmanager
+def done_to_a_rank(what: Callable[[psutil.Process], None], times: int = 1) -> Iterator[list[psutil.Process]]:
+    """The second rank of what this process starts, to which something is done as soon as it is there, and no other."""
+    over, done = threading.Event(), list[psutil.Process]()
 
-    Where that is before it has asked to be killed with its parent, it outlives that until it is let go on.
-    """
-    over, stopped = threading.Event(), list[psutil.Process]()
-
-    def stop() -> None:
-        while not stopped and not over.wait(0.05):
+    def wait() -> None:
+        while len(done) < times and not over.wait(0.05):
             for rank in ranks_of(psutil.Process()):
                 with contextlib.suppress(psutil.Error):
-                    if rank.environ()["RANK"] == "1":
-                        rank.suspend()
-                        stopped.append(rank)
+                    if rank.environ()["RANK"] == "1" and rank not in done:
+                        what(rank)
+                        done.append(rank)
 
-    thread = threading.Thread(target=stop, daemon=True)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    yield stopped
+    yield done
     over.set()
     thread.join()
-    for rank in stopped:
+    for rank in done:
         with contextlib.suppress(psutil.Error):
             rank.kill()
 
@@ -97,19 +94,33 @@ def test_the_ranks_meet_and_nothing_is_left(store: LocalStore, tmp_path: Path) -
     assert [path for path in (tmp_path / "work" / "states").rglob("*")] == []
 
 
-def test_ranks_that_do_not_meet_are_told_in_a_sentence(
-    store: LocalStore, tmp_path: Path, a_rank_that_never_comes: list[psutil.Process]
-) -> None:
-    """A rank that hangs makes nobody wait for longer than the limit; the sentence says which, and nothing goes on."""
-    with pytest.raises(LaunchFailed, match=r"^(1 of 2 ranks started|the 2 ranks did not start) in 8 s.*log: ") as told:
-        rehearse(TrainStage(device="cpu"), store, tmp_path / "work", world_size=2, starting=8.0)
-    assert "\n" not in str(told.value)
-    assert told.value.kind == "communication"
-    for rank in a_rank_that_never_comes:
-        with contextlib.suppress(psutil.Error):
-            rank.resume()
-    assert psutil.wait_procs(a_rank_that_never_comes, timeout=30)[1] == []
+def test_ranks_that_do_not_meet_are_told_in_a_sentence(store: LocalStore, tmp_path: Path) -> None:
+    """A rank that hangs makes nobody wait for longer than the limit; the sentence says which, and nothing goes on.
+
+    Where it hangs before it has asked to be killed with its parent, it outlives that until it is let go on.
+    """
+    with done_to_a_rank(psutil.Process.suspend) as ranks:
+        words = r"^(1 of 2 ranks started|the 2 ranks did not start) in 8 s.*log: "
+        with pytest.raises(LaunchFailed, match=words) as told:
+            rehearse(TrainStage(device="cpu"), store, tmp_path / "work", world_size=2, starting=8.0)
+        assert "\n" not in str(told.value)
+        assert told.value.kind == "communication"
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.resume()
+        assert psutil.wait_procs(ranks, timeout=30)[1] == []
     assert ranks_of(psutil.Process()) == []
+    assert keys(store) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_rank_that_is_killed_once_is_no_finding(store: LocalStore, tmp_path: Path, times: int) -> None:
+    """They are started once more; ranks that are killed again are told."""
+    with done_to_a_rank(psutil.Process.kill, times) as ranks:
+        with contextlib.nullcontext() if times == 1 else pytest.raises(LaunchFailed, match=r"signal|SIGKILL"):
+            found = rehearse(TrainStage(device="cpu"), store, tmp_path / "work", world_size=2)
+            assert found.world_size == 2
+        assert len(ranks) == times
     assert keys(store) == []
 
 

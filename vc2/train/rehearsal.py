@@ -114,6 +114,8 @@ def rehearse(
 ) -> Rehearsal:
     """Start the ranks of a stage by its launcher, `local` or `ray`, and see them through a step and a state.
 
+    A rank that somebody killed says nothing of the place, so long as it is one: then they are started once more.
+
     Args:
         config: The stage.
         store: Where its states would be kept.
@@ -130,16 +132,28 @@ def rehearse(
         ConfigError: If no cluster is named.
     """
     _sweep(store)
-    work = work.resolve()
+    usual = STARTING_ON_RAY if config.launcher == "ray" else STARTING
+    heard = _Heard(world_size, patience, usual if starting is None else starting, progress)
+    try:
+        _try(config, store, work.resolve(), heard)
+    except LaunchFailed as error:
+        if error.kind != "killed":
+            raise
+        log.warning("%s; they are started once more", error)
+        heard = _Heard(world_size, patience, heard.starting, progress)
+        _try(config, store, work.resolve(), heard)
+    return heard.result()
+
+
+def _try(config: TrainStage, store: Store, work: Path, heard: "_Heard") -> None:
+    world_size = heard.world_size
     trial = Trial(store, config.name, secrets.token_hex(16))
     # Every rank its own micro-batch of one sample, whatever batch and layout the stage has.
     asked = config.evolve(batch_size=world_size, micro_batch=1, world_size=world_size)
     layout = Layout(world_size=world_size, micro_batch=1, threads=1)
     request = RehearsalRequest(
-        stage=asked, store=store.uri, work=str(work), name=trial.fingerprint, layout=layout, patience=patience
+        stage=asked, store=store.uri, work=str(work), name=trial.fingerprint, layout=layout, patience=heard.patience
     )
-    usual = STARTING_ON_RAY if config.launcher == "ray" else STARTING
-    heard = _Heard(world_size, patience, usual if starting is None else starting, progress)
     try:
         trial.claim(
             Attempt(
@@ -147,7 +161,7 @@ def rehearse(
                 start=None,
                 layout=layout,
                 holder=this_process(),
-                heartbeat_seconds=patience,
+                heartbeat_seconds=heard.patience,
                 request=request.model_dump(mode="json"),
             )
         )
@@ -155,7 +169,6 @@ def rehearse(
         watch(_Limited(_started(request, uri, work), heard), heard)
     finally:
         _clear(trial, work)
-    return heard.result()
 
 
 def _started(request: RehearsalRequest, uri: str, work: Path) -> Job:
