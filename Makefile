@@ -23,7 +23,7 @@ stack-down: setup  ## stop what `make stack` started
 TEST_WORKERS ?= 2
 
 test: setup  ## all tests but the long ones, on two workers
-	@$(PYTHON_BIN) -m pytest -m "not soak and not gpu" -n $(TEST_WORKERS) --dist loadgroup
+	@$(PYTHON_BIN) -m pytest -m "not soak and not gpu" -n $(TEST_WORKERS)
 
 soak: setup  ## the laws about kills, with many kills
 	@$(PYTHON_BIN) -m pytest -m soak --timeout=7200

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from vc2.storage import LocalStore
 
@@ -30,11 +32,26 @@ HEAVY = ("tests/flows/test_flow_runs.py", "tests/flows/test_gates.py", "tests/fl
          "tests/train/test_launchers.py")  # fmt: skip
 
 
+def scope(nodeid: str) -> str:
+    """Tests of a file stay together on one worker, and so do those of all heavy files."""
+    file = nodeid.partition("::")[0]
+    return "heavy" if file in HEAVY else file
+
+
+class InScopes(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    return InScopes(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay together on one worker (`--dist loadgroup`), and so do all heavy files."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("heavy" if file in HEAVY else file))
+    """Where there are several workers, the longest scope comes first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: scope(item.nodeid) != "heavy")
 
 
 @pytest.fixture

@@ -84,7 +84,15 @@ def test_nothing_is_guessed(told: tuple[tuple[float, int], ...]) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (48, "48 s"), (420, "7 min"), (12_000, "3 h 20 min"), (367_200, "4 d 6 h"), (172_799, "2 d 0 h")],
+    [
+        (0.4, "0.4 s"),
+        (9.96, "10 s"),
+        (48, "48 s"),
+        (420, "7 min"),
+        (12_000, "3 h 20 min"),
+        (367_200, "4 d 6 h"),
+        (172_799, "2 d 0 h"),
+    ],
 )
 def test_durations_are_said_in_units_that_suit_them(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text

@@ -73,7 +73,9 @@ class Pace:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds in units that suit them: 48 s, 7 min, 3 h 20 min, 4 d 6 h."""
+    """Seconds in units that suit them: 4.2 s, 48 s, 7 min, 3 h 20 min, 4 d 6 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -374,7 +374,7 @@ def test_a_host_is_asked_gently(web: Web, tmp_path: Path) -> None:
     lines = fetched(config, [f"http://{HOST}/good-{number}" for number in range(24)], tmp_path)
     assert all(line["reason"] is None for line in lines), "waiting for its turn does not take a row's time"
     assert web.most_at_once <= 2
-    assert web.starts[-1] - web.starts[0] >= 23 * 0.12 - 0.01
+    assert web.starts[-1] - web.starts[0] >= 23 * 0.12 - 0.2  # seconds that the first one came late
 
 
 def test_a_host_that_asks_for_peace_gets_it(web: Web, tmp_path: Path) -> None:

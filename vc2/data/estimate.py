@@ -26,7 +26,7 @@ from vc2.data.rejects import RejectReason
 from vc2.data.sources import Record, read_records
 from vc2.errors import ConfigError, SourceError
 from vc2.launch import cpu_count
-from vc2.progress import counted, size_text
+from vc2.progress import counted, duration_text, size_text
 from vc2.seeding import derive_seed
 from vc2.storage import LocalStore
 
@@ -73,7 +73,8 @@ class Estimate(Config):
         yield f"samples          about {self.samples:,} in {counted(self.shards or 0, 'shard')}"
         yield f"to read          about {size_text(self.raw_bytes or 0)}"
         yield f"to store         about {size_text(self.shard_bytes or 0)}"
-        yield f"to compute       {_duration(self.core_hours)} on one core, {_duration(self.hours)} on {self.cores}"
+        one, all_cores = (duration_text(3600 * (hours or 0.0)) for hours in (self.core_hours, self.hours))
+        yield f"to compute       {one} on one core, {all_cores} on {self.cores}"
 
 
 def estimate(config: ShardStage, work: Path, *, sample: int | None = None) -> Estimate:
@@ -260,10 +261,3 @@ def _cpu() -> float:
     times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
     ended = os.times()
     return sum(spent.user + spent.system for spent in times) + ended.children_user + ended.children_system
-
-
-def _duration(hours: float | None) -> str:
-    hours = hours or 0.0
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 72 else f"{hours / 24:.1f} days"

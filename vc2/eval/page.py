@@ -22,7 +22,6 @@ __all__ = [
     "number",
     "page",
     "row_head",
-    "seconds_text",
     "section",
     "table",
 ]
@@ -94,14 +93,6 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "none"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration in the units that suit it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def facts_list(facts: Mapping[str, str]) -> str:

@@ -25,13 +25,13 @@ from vc2.eval.page import (
     flat,
     page,
     row_head,
-    seconds_text,
     section,
     table,
 )
 from vc2.eval.report_data import LossCurve, ReportData, ShardSheet, SheetItem
 from vc2.eval.report_scores import comparisons, count_words, headline, missing, scores
 from vc2.eval.report_videos import before_after, opening
+from vc2.progress import duration_text
 
 __all__ = ["controls", "loss_card", "render_html"]
 
@@ -243,10 +243,10 @@ def _timings(data: ReportData) -> str:
     for timing in data.timings:
         width = f"width:{100 * timing.seconds / longest:.1f}%"
         fill = element("i", class_="again" if timing.is_reused else None, style=width)
-        words = seconds_text(timing.seconds) + (", reused" if timing.is_reused else "")
+        words = duration_text(timing.seconds) + (", reused" if timing.is_reused else "")
         bars.append(element("b", escape(timing.stage)))
         bars.append(element("span", fill, class_="track") + element("span", words, class_="t"))
-    total = f"{seconds_text(sum(timing.seconds for timing in data.timings))} in all."
+    total = f"{duration_text(sum(timing.seconds for timing in data.timings))} in all."
     return section("timings", "Timings", total, element("div", *bars, class_="bars"))
 
 

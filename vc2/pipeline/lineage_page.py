@@ -9,8 +9,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from vc2.eval.graphs import Box, graph_svg
-from vc2.eval.page import column, element, facts_list, flat, page, row_head, seconds_text, section, table
-from vc2.progress import counted, size_text
+from vc2.eval.page import column, element, facts_list, flat, page, row_head, section, table
+from vc2.progress import counted, duration_text, size_text
 
 if TYPE_CHECKING:
     from vc2.pipeline.lineage import AttemptTold, Lineage, Node
@@ -67,7 +67,7 @@ def _opening(lineage: "Lineage", root: "Node") -> str:
         "artifacts": str(len(made)),
         "sources, weights, prompts": str(len(lineage.nodes) - len(made)),
         "in different files": size_text(sum(files.values())),
-        "of work": seconds_text(sum(node.seconds for node in made)),
+        "of work": duration_text(sum(node.seconds for node in made)),
     }
     told = [element("div", element("dt", name), element("dd", words)) for name, words in figures.items()]
     troubles = [
@@ -167,7 +167,7 @@ def _described(node: "Node") -> dict[str, str]:
         return {"sha256 or digest": node.content_digest or "not recorded"}
     told = {
         "made": f"{node.made_at[:19].replace('T', ' ')} UTC" if node.made_at else "",
-        "took": seconds_text(node.seconds) if node.seconds else "",
+        "took": duration_text(node.seconds) if node.seconds else "",
         "by stage": f"{node.stage} (version {node.version})" if node.stage else "",
         "repeat": str(node.repeat) if node.repeat else "",
         **{name.replace("_", " "): f"{count:,}" for name, count in node.counts.items()},

@@ -18,6 +18,7 @@ from vc2.config import Config
 from vc2.data.config import SampleForm
 from vc2.errors import ConfigError
 from vc2.model.config import ModelConfig
+from vc2.progress import duration_text
 from vc2.train.config import TrainStage
 from vc2.train.fit import (
     Clip,
@@ -281,13 +282,9 @@ def lines_of(found: Estimate) -> Iterator[str]:
     again = f", {found.flops_again:.3g} again for checkpointing" if found.flops_again else ""
     yield f"operations     {found.flops:.3g}{again}, {found.flops_of_encoding:.3g} for encoding"
     yield (
-        f"time           {_duration(found.hours)} at an assumed MFU of {found.mfu:.0%}, "
-        f"{_duration(found.hours_of_encoding)} of it encoding"
+        f"time           {duration_text(3600 * found.hours)} at an assumed MFU of {found.mfu:.0%}, "
+        f"{duration_text(3600 * found.hours_of_encoding)} of it encoding"
     )
     yield f"cost           {found.gpu_hours:,.0f} GPU-hours, {found.usd:,.0f} USD at {found.usd_per_hour:g} a GPU-hour"
     for warning in found.warnings:
         yield f"warning: {warning}"
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
