@@ -41,6 +41,14 @@ def test_what_comparing_all_with_all_finds(count: int, width: int, bits: int, fl
     assert near_duplicates(hashes.reshape(count, width), bits, groups).tolist() == by_hand(hashes, bits, groups)
 
 
+def test_the_first_of_all_that_are_alike_may_be_of_the_same_video() -> None:
+    """Then it is the next of another video that counts; and one that is marked never is."""
+    hashes = np.array([[0], [0], [0], [1], [0]], np.uint64)
+    assert near_duplicates(hashes, 1, [0, 0, 1, 0, 1]).tolist() == [-1, -1, 0, -1, 0]
+    hashes = np.array([[0b11], [0b01], [0b00], [0b00]], np.uint64)
+    assert near_duplicates(hashes, 1, [0, 1, 2, 1]).tolist() == [-1, 0, -1, 2]
+
+
 def test_many_alike_are_no_trouble() -> None:
     """Thousands of black pictures are copies of the first, at once."""
     hashes = np.zeros((20_000, 1), np.uint64)

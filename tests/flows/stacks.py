@@ -1,12 +1,16 @@
 """A Prefect server and worker that tests run the pipeline through, and what they ask of it."""
 
+import atexit
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,10 @@ __all__ = [
     "TINY_WORLD",
     "Running",
     "as_option",
+    "furnish",
     "processes_of",
     "ranks_of",
+    "remember",
     "serving",
     "stack_command",
     "wait_until",
@@ -115,10 +121,32 @@ def as_option(parameters: Mapping[str, Any]) -> list[str]:
     return [part for name, value in parameters.items() for part in ("-p", f"{name}={json.dumps(value)}")]
 
 
+_remembered: list[Path] = []  # what was kept of a stack that had just come up: its database, and what it had deployed
+
+
+def remember(work: Path) -> None:
+    """Keep the database of a stack that has just come up, for those that come after it."""
+    kept = Path(tempfile.mkdtemp(prefix="vc2-stack-"))
+    atexit.register(shutil.rmtree, kept, ignore_errors=True)
+    with closing(sqlite3.connect(work / "prefect/prefect.db")) as source, closing(sqlite3.connect(kept / "db")) as copy:
+        source.backup(copy)
+    shutil.copy(work / "prefect/deployed", kept / "deployed")
+    _remembered[:] = [kept]
+
+
+def furnish(work: Path) -> None:
+    """A stack in this work folder starts with a database that somebody has deployed to, if there is one: sooner."""
+    for kept in _remembered:
+        (work / "prefect").mkdir(parents=True)
+        shutil.copy(kept / "db", work / "prefect/prefect.db")
+        shutil.copy(kept / "deployed", work / "prefect/deployed")
+
+
 @contextmanager
 def serving(work: Path, *options: str, **variables: str) -> Iterator[Running]:
     """A stack tied to this process while the block runs, with `variables` in its environment; nothing of it is left."""
     port = free_port()
+    furnish(work)
     command = stack_command("serve", "--work", str(work), "--port", str(port), *options)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VC2_")} | {"VC2_TIED": "1"} | variables
     with open(work / "serve.log", "wb") as log:
@@ -127,6 +155,8 @@ def serving(work: Path, *options: str, **variables: str) -> Iterator[Running]:
         said = work / "serve.log"
         wait_until(lambda: "Ctrl-C" in said.read_text() or process.poll() is not None, "the stack is not up", 600)
         assert process.poll() is None, said.read_text()
+        if not _remembered:
+            remember(work)
         yield Running(work, port, process)
     finally:
         process.terminate()

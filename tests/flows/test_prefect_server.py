@@ -24,7 +24,7 @@ from flows import automations, server
 from flows.follow import Row, _Lines
 from flows.server import ROOT, Owned, Stack, StackError, environment, free_port, held_lock
 from flows.stack import _new
-from tests.flows.stacks import TINY_WORLD, Running, processes_of, wait_until
+from tests.flows.stacks import TINY_WORLD, Running, processes_of, remember, wait_until
 from vc2.storage import LocalStore
 
 
@@ -137,6 +137,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         assert done.stdout.startswith("started: server, files, worker\n"), done.stdout + done.stderr
         stack = Stack.recorded(work)
         assert stack is not None
+        remember(work)
         yield stack
     finally:
         command(work, "down")

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from flows.server import ROOT, Stack, free_port
-from tests.flows.stacks import TINY_WORLD, Running, as_option, processes_of, ranks_of, wait_until
+from tests.flows.stacks import TINY_WORLD, Running, as_option, furnish, processes_of, ranks_of, wait_until
 from vc2.miniature.config import WorldConfig
 from vc2.pipeline.recipes import world_folder
 
@@ -40,6 +40,7 @@ def up(work: Path, port: int) -> None:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A stack that is left up, so that its parts can be killed one by one."""
     work, port = tmp_path_factory.mktemp("matrix"), free_port()
+    furnish(work)
     try:
         up(work, port)
         yield Running(work, port, None)  # pyright: ignore[reportArgumentType]
@@ -260,7 +261,7 @@ def test_a_lost_database_loses_nothing(running: Running, training: dict[str, Any
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1], "manifest.json").is_file()
-    assert made(running, "shards") == shards_before
+    assert shards_before.items() <= made(running, "shards").items(), "the third set was never asked for until now"
     assert attempts(running) <= count + 1
     assert processes_of(running.work) == []
 

@@ -24,7 +24,7 @@ from flows.follow import FINAL
 from flows.server import ROOT, Stack, StackError, free_port
 from tests.digests import as_options, faults_of, made
 from tests.faults import FaultyProxy
-from tests.flows.stacks import TINY_WORLD, Running, processes_of, wait_until
+from tests.flows.stacks import TINY_WORLD, Running, furnish, processes_of, wait_until
 from vc2.artifacts import load_manifest
 from vc2.pipeline.driver import STAGES, plan
 from vc2.pipeline.recipes import resolve
@@ -132,6 +132,7 @@ def kind_of(environment: Mapping[str, str], words: list[str], run: str) -> str:
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Disturbed]:
     work = tmp_path_factory.mktemp("soak")
+    furnish(work)
     command = [sys.executable, "-m", "vc2.cli", "run", "miniature", "--store", str(work / "undisturbed")]
     done = subprocess.run(
         [*command, "--work", str(work), *as_options(TINY)], capture_output=True, text=True, timeout=1200

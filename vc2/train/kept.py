@@ -22,7 +22,7 @@ from vc2.errors import StoreError
 from vc2.storage import file_digest
 from vc2.train.attempts import Run, StateFile, StateManifest, StateRef, commit_state
 
-__all__ = ["KeptPart", "adopt", "drop_replaced", "kept_folder", "list_key", "passing_folder"]
+__all__ = ["KeptPart", "adopt", "clear_passing", "drop_replaced", "kept_folder", "list_key", "passing_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,18 @@ class KeptPart(Config):
 
 def passing_folder(run: Run, work: Path) -> Path:
     """Where files of a run's states lie on their way to and from the store; emptied by the next attempt."""
-    folder = work / "states" / run.fingerprint[:16]
+    folder = _passing(run, work)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def clear_passing(run: Run, work: Path) -> None:
+    """Delete that folder; several ranks of a machine may do so at once."""
+    shutil.rmtree(_passing(run, work), ignore_errors=True)
+
+
+def _passing(run: Run, work: Path) -> Path:
+    return work / "states" / run.fingerprint[:16]
 
 
 def kept_folder(run: Run, work: Path, ref: StateRef) -> Path:

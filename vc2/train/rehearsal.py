@@ -15,7 +15,6 @@ rehearsal that was killed has left goes with a later one.
 
 import logging
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +29,7 @@ from vc2.progress import Progress, counted, silent, size_text
 from vc2.storage import Store, join_uri
 from vc2.train.attempts import Attempt, Run, this_process
 from vc2.train.config import Layout, TrainStage
-from vc2.train.kept import passing_folder
+from vc2.train.kept import clear_passing
 from vc2.train.request import Request
 
 __all__ = ["ATTEMPT", "NotStarted", "Rehearsal", "RehearsalRequest", "Step", "Trial", "rehearse"]
@@ -275,7 +274,7 @@ class _Limited(Job):
 
 
 def _clear(trial: Trial, work: Path) -> None:
-    shutil.rmtree(passing_folder(trial, work), ignore_errors=True)
+    clear_passing(trial, work)
     with suppress(StoreError):  # what is left goes with a later one
         for entry in trial.store.list(f"{trial.prefix}/"):
             trial.store.delete(entry.key)

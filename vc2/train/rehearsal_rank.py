@@ -1,6 +1,5 @@
 """Entry of a rank of a rehearsal: `python -m vc2.train.rehearsal_rank REQUEST`. See `vc2.train.rehearsal`."""
 
-import shutil
 import socket
 import threading
 import time
@@ -26,7 +25,7 @@ from vc2.train.engine import (
     leave_ranks,
 )
 from vc2.train.fragments import KINDS
-from vc2.train.kept import passing_folder
+from vc2.train.kept import clear_passing
 from vc2.train.rehearsal import ATTEMPT, RehearsalRequest, Step, Trial
 from vc2.train.states import StateWriter, restore
 
@@ -47,7 +46,7 @@ def main(place: str) -> None:
     try:
         _rehearse(request, trial, rank, work, began)
     finally:  # the disk is this rank's own: nobody else can clear it
-        _clear(trial, work)
+        clear_passing(trial, work)
     leave_ranks()
 
 
@@ -88,15 +87,11 @@ def _rehearse(request: RehearsalRequest, trial: Trial, rank: Rank, work: Path, b
     done("restored", seconds=time.monotonic() - started)
 
 
-def _clear(trial: Trial, work: Path) -> None:
-    shutil.rmtree(passing_folder(trial, work), ignore_errors=True)
-
-
 def _end_in(seconds: float, trial: Trial, work: Path) -> None:
     """See that this process ends even if nobody waits for it any more, as of a job on a cluster."""
 
     def end() -> None:
-        _clear(trial, work)
+        clear_passing(trial, work)
         end_rank(LaunchFailed(f"the rehearsal was not over in {seconds:.0f} s", "communication"))
 
     timer = threading.Timer(seconds, end)
