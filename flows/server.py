@@ -106,6 +106,8 @@ class Api:
             try:
                 answer = self._request(method, path, body, timeout=30)
             except httpx.HTTPError as error:
+                if method == "GET" and isinstance(error, httpx.TimeoutException) and time.monotonic() < until:
+                    continue
                 raise StackError(f"the Prefect server at {self.url} does not answer ({type(error).__name__})") from None
             if answer.status_code != 503 or time.monotonic() > until:  # its database is locked for a moment
                 break
@@ -141,7 +143,7 @@ def environment(work: Path, store: str, port: int, *, tied: bool, files_url: str
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_CLI_COLORS": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # each time the server writes, and others who write to SQLite wait
         "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "5",
         "DO_NOT_TRACK": "1",
         "VC2_WORK": str(work),
@@ -287,13 +289,12 @@ class Stack:
         self._prepare()
         if "files" in missing:
             self._start_files()
+        # Before a worker is there that asks all the time: of two that write, SQLite makes one wait, and for long.
+        self._deploy()
         if "worker" in missing:
-            if lost := self._lost_runs():
-                self._deploy()  # what puts lost runs back to work must hear of them
-                self._settle(lost)
+            self._settle(self._lost_runs())
             pool = ("--pool", POOL, "--type", "process", "--name", "local", "--install-policy", "never")
             self._launch("worker", "prefect", "worker", "start", *pool)
-        self._deploy()
         self._wait_for_files()
         return missing
 
