@@ -274,7 +274,7 @@ class Stack:
         return self.ended() is None and self.api.is_healthy()
 
     def start(self) -> list[str]:
-        """Start what is not running: server, file server, pool, queues, deployments, automations, worker.
+        """Start what is not running: server, pool, queues, file server, deployments, automations, worker.
 
         Returns:
             Names of the processes that were started.
