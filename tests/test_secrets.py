@@ -156,7 +156,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator
 
 @pytest.mark.s3
 @pytest.mark.timeout(1200)
-@pytest.mark.soak
 def test_no_secret_is_written_or_shown(seen: Seen) -> None:
     """Of all that a run leaves, on the way or for good, nothing holds one."""
     assert any("prefect.db" in name for name in seen.found)
@@ -168,7 +167,6 @@ def test_no_secret_is_written_or_shown(seen: Seen) -> None:
 
 
 @pytest.mark.s3
-@pytest.mark.soak
 def test_rays_token_is_for_its_owner_alone_and_gone_at_the_end(seen: Seen) -> None:
     assert seen.modes == {"-rw-------"}
     assert len(seen.tokens) >= 1
@@ -177,7 +175,6 @@ def test_rays_token_is_for_its_owner_alone_and_gone_at_the_end(seen: Seen) -> No
 
 
 @pytest.mark.s3
-@pytest.mark.soak
 def test_errors_were_told_all_the_same(seen: Seen) -> None:
     """Nothing is hidden by saying nothing: what the failures were about stands in the logs."""
     told = b"".join(seen.found.values())

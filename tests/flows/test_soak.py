@@ -257,7 +257,6 @@ SHARDS, TRAINING, EVALUATION = ("shard/webvid", "shard/jdb"), ("train/full", "tr
 
 
 @pytest.mark.s3
-@pytest.mark.soak
 @pytest.mark.timeout(LIMIT + 600)
 @pytest.mark.parametrize(("seed", "part"), [(1, SHARDS), (2, TRAINING), (3, EVALUATION)], ids=str)
 def test_whoever_is_killed_the_run_ends_with_the_same_bytes(
