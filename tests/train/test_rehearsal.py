@@ -130,13 +130,13 @@ def test_a_rank_that_fails_leaves_nothing_on_its_disk(store: LocalStore, tmp_pat
     store.write(f"rehearsals/{name}/states", b"a file where states would be")
     stage = TrainStage(device="cpu", batch_size=1, micro_batch=1, world_size=1)
     request = RehearsalRequest(
-        stage=stage, store=store.uri, work=str(tmp_path / "work"), name=name, layout=layout, patience=4.0
+        stage=stage, store=store.uri, work=str(tmp_path / "work"), name=name, layout=layout, patience=8.0
     )
     (tmp_path / "request.json").write_text(request.model_dump_json())
     command = [sys.executable, "-m", "vc2.train.rehearsal_rank", str(tmp_path / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "@error" in done.stdout
-    assert [*(tmp_path / "work" / "states").iterdir()] == []
+    assert [*(tmp_path / "work" / "states").rglob("*")] == []
 
 
 def test_a_rehearsal_that_is_killed_leaves_nothing_running(
