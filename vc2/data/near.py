@@ -33,16 +33,16 @@ def near_duplicates(hashes: np.ndarray, bits: int, groups: Sequence[int] | np.nd
     if not len(hashes):
         return marked
     distinct, members = np.unique(hashes, axis=0, return_inverse=True)
-    near: list[list[int]] = [[number] for number in range(len(distinct))]  # of each distinct hash, itself among them
+    near: dict[int, list[int]] = {}  # of distinct hashes, others that they are near to
     for one, other in _pairs(distinct, bits).tolist():
-        near[one].append(other)
-        near[other].append(one)
+        near.setdefault(one, []).append(other)
+        near.setdefault(other, []).append(one)
     # Of each distinct hash the first sample that is not marked. All later ones of it are of the same group, or they
     # would have been marked with it: so no other need be looked at.
-    kept = np.full(len(distinct), NONE, np.int64)
+    kept = [NONE] * len(distinct)
     for number, member in enumerate(members.reshape(-1).tolist()):
-        found = [first for first in kept[near[member]].tolist() if first != NONE and groups[first] != groups[number]]
-        if found:
+        first = [kept[other] for other in (member, *near.get(member, ())) if kept[other] != NONE]
+        if found := [other for other in first if groups[other] != groups[number]]:
             marked[number] = min(found)
         elif kept[member] == NONE:
             kept[member] = number
