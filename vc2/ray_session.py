@@ -488,6 +488,7 @@ def _keep_watch(folder: Path) -> None:
     """
     import psutil
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to all of a stack at once; its work begins when they end
     owner, family = int(os.environ[PARENT]), set[psutil.Process]()
     while os.getppid() == owner:
         with suppress(psutil.Error):
