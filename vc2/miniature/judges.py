@@ -8,27 +8,44 @@ templates of the same place and size, direction from a line through the places o
     colour      of the thing: 1 right, 0 wrong
     shape       likewise
     background  its colour, likewise
+    count       of separate things, likewise
     direction   1 right, 0 wrong; for a thing at rest 1 if it rests (clips only)
+    path        cosine between the tracked displacement and the captioned direction (moving things only)
     speed       units a second along its path (clips only)
+    jitter      root mean square distance of its places from a straight path, units (clips only)
     visible     share of frames in which a thing is found
+    palette     mean distance of the colours from those of an image-set picture with the same caption, grey levels
     watermark   estimated opacity of the known watermark
     sharpness   mean slope of the thing's edges, 1 / pixel
     noise       standard deviation, grey levels
-    flicker     mean change of level from frame to frame, grey levels (clips only)
+    flicker     mean change of the background's level from frame to frame, grey levels (clips only)
+    flash       the same of the thing's level (clips only)
 
 Shapes: T frames, H x W pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
+from scipy.ndimage import label
 
 from vc2.miniature.degrade import watermark_alpha
-from vc2.miniature.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, ThingTruth, Truth, shape_cover
+from vc2.miniature.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    ThingTruth,
+    Truth,
+    draw_picture_scene,
+    shape_cover,
+)
+from vc2.seeding import generator
 
 __all__ = ["RIGHTS", "judge"]
 
-RIGHTS = ("colour", "shape", "direction", "background")  # what a caption claims
+RIGHTS = ("colour", "shape", "direction", "background", "count")  # what a caption claims
 
 FAINTEST = 34.0  # chroma difference below which nothing is seen
 SMALLEST = 0.008  # share of the frame below which nothing is seen
@@ -52,6 +69,8 @@ def judge(frames: np.ndarray, truth: Truth, fps: float) -> dict[str, float]:
         scores[name] = float(np.mean([thing[name] for thing in things]))
     nearest = min(BACKGROUNDS, key=lambda name: float(np.abs(clip.background - BACKGROUNDS[name]).sum()))
     scores["background"] = float(nearest == truth.background)
+    scores["count"] = float(_count(clip) == len(truth.things))
+    scores["palette"] = _palette_distance(frames, truth)
     return scores | _judge_picture(clip, np.any(found, axis=0))
 
 
@@ -114,32 +133,65 @@ def _judge_thing(clip: _Clip, masks: np.ndarray, thing: ThingTruth, fps: float) 
     seen = np.any(masks, axis=(1, 2))
     scores = {"visible": float(seen.mean()), "colour": 0.0, "shape": 0.0}
     if num_frames > 1:
-        scores |= {"direction": 0.0, "speed": 0.0}
+        scores |= {"direction": 0.0, "speed": 0.0} | ({"path": 0.0} if thing.motion else {})
     if not seen.any():
         return scores
     votes = clip.hues(clip.chroma[masks].mean(axis=0))
     scores["colour"] = float(list(COLOURS)[int(votes.argmax())] == thing.colour)
     scores["shape"] = float(_shape(clip, masks) == thing.shape)
     if num_frames > 1 and seen.sum() >= max(2, num_frames // 2):
-        moved, straight = _displacement(masks, seen, clip.unit)
-        scores["speed"] = float(np.hypot(*moved) * fps / (num_frames - 1))
+        moved, jitter = _displacement(masks, seen, clip.unit)
+        straight = jitter < 0.5 * np.hypot(*moved) + 0.01
+        scores["speed"], scores["jitter"] = float(np.hypot(*moved) * fps / (num_frames - 1)), jitter
         if thing.motion is None:
             scores["direction"] = float(np.hypot(*moved) < 2 * REST)
         else:
             wanted = np.array(DIRECTIONS[thing.motion], float)
             along = float(moved @ wanted)
+            scores["path"] = along / (float(np.hypot(*moved)) + 1e-6)
             scores["direction"] = float(straight and along > REST and along > 0.8 * np.hypot(*moved))
     return scores
 
 
-def _displacement(masks: np.ndarray, seen: np.ndarray, unit: float) -> tuple[np.ndarray, bool]:
-    """Displacement (x, y) over the clip, in units, by a line through the places, and whether they follow that line."""
+def _displacement(masks: np.ndarray, seen: np.ndarray, unit: float) -> tuple[np.ndarray, float]:
+    """Displacement (x, y) over the clip, in units, by a line through the places, and how far they stray from it."""
     frames = np.flatnonzero(seen)
     places = np.array([[np.nonzero(masks[t])[1].mean(), np.nonzero(masks[t])[0].mean()] for t in frames]) / unit
     slope, start = np.polyfit(frames, places, 1)
     error = places - (frames[:, None] * slope + start)
     moved = slope * (len(masks) - 1)
-    return moved, bool(np.sqrt((error**2).sum(axis=1).mean()) < 0.5 * np.hypot(*moved) + 0.01)
+    return moved, float(np.sqrt((error**2).sum(axis=1).mean()))
+
+
+def _count(clip: _Clip) -> int:
+    """How many separate things most frames show."""
+    strength = np.sqrt((clip.chroma**2).sum(axis=-1))
+    masks = strength > max(FAINTEST, 0.42 * np.quantile(strength, 0.985))
+    least = SMALLEST * masks[0].size
+    regions, counts = np.zeros(masks[0].shape, np.int32), []
+    for mask in masks:
+        label(mask, output=regions)
+        counts.append((np.bincount(regions.ravel())[1:] >= least).sum())
+    return int(np.median(counts))
+
+
+def _palette_distance(frames: np.ndarray, truth: Truth) -> float:
+    """Mean distance between the sorted levels of a clip and of image-set pictures, channel by channel: the earth
+    mover's distance in one dimension."""
+    wanted = _image_set_levels(truth, frames.shape[2], frames.shape[1])
+    return float(np.abs(_levels(frames) - wanted).mean())
+
+
+@lru_cache(maxsize=1024)
+def _image_set_levels(truth: Truth, width: int, height: int) -> np.ndarray:
+    still = replace(truth, things=tuple(replace(thing, motion=None) for thing in truth.things))
+    rng = generator(0, "palette", still.caption())
+    return _levels(np.stack([draw_picture_scene(rng, still, rich=True).render(width, height) for _ in range(16)]))
+
+
+def _levels(frames: np.ndarray) -> np.ndarray:
+    """Quantiles of the levels of each channel, (Q, 3)."""
+    return np.quantile(frames.reshape(-1, 3), np.linspace(0.01, 0.99, 50), axis=0)
 
 
 def _shape(clip: _Clip, masks: np.ndarray) -> str:
@@ -181,6 +233,9 @@ def _judge_picture(clip: _Clip, masks: np.ndarray) -> dict[str, float]:
         always = always if always.any() else np.ones_like(always)
         level = luma[:, always].mean(axis=1)
         scores["flicker"] = float(np.abs(np.diff(level)).mean())
+        levels = np.array([frame[mask].mean() for frame, mask in zip(luma, masks, strict=True) if mask.any()])
+        if len(levels) > 1:
+            scores["flash"] = float(np.abs(np.diff(levels)).mean())
     return scores
 
 

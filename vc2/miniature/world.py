@@ -47,7 +47,7 @@ from vc2.miniature.degrade import footage
 from vc2.miniature.scene import Scene, ThingTruth, Truth, draw_picture_scene, draw_video_scene
 from vc2.seeding import derive_seed, generator
 
-__all__ = ["IMAGE_HOST", "VIDEO_HOST", "World", "make_world", "open_world", "prompt_rows"]
+__all__ = ["IMAGE_HOST", "VIDEO_HOST", "World", "composed_prompts", "make_world", "open_world", "prompt_rows"]
 
 WORLD_VERSION = 1  # raised when the bytes of a world change
 IMAGE_HOST = "images.miniature.test"
@@ -551,6 +551,43 @@ def prompt_rows(config: WorldConfig) -> list[dict]:
         }
         for index, truth in enumerate(chosen)
     ]
+
+
+def composed_prompts(config: WorldConfig) -> list[dict]:
+    """Prompts that ask for more than videos show: four equal kinds, as `prompt_rows` but for `kind` and `key`.
+
+    seen        a caption of a video
+    recombined  words of videos in a combination that none has
+    image       a moving thing whose colour, texture and background only pictures have
+    pair        two things side by side, at rest, as only pictures show
+    """
+    shown, kept_out = _video_truths(config)
+    filmed = {clip.truth for clip in _plan_clips(config) if clip.defect is None}
+    new_colours = [colour for colour in words.COLOURS if colour not in words.VIDEO_COLOURS]
+    new_backgrounds = [name for name in words.BACKGROUNDS if name not in words.VIDEO_BACKGROUNDS]
+    new_textures = [texture for texture in words.TEXTURES if texture != "plain"]
+    images = [
+        Truth(background, (ThingTruth(*thing),))
+        for background, *thing in itertools.product(
+            new_backgrounds, words.SHAPES, new_colours, new_textures, words.DIRECTIONS
+        )
+    ]
+    pairs = [
+        Truth(background, (ThingTruth(one, first), ThingTruth(two, second)))
+        for background, one, two in itertools.product(words.BACKGROUNDS, words.SHAPES, words.SHAPES)
+        for first, second in itertools.permutations(words.COLOURS, 2)
+        if background not in (first, second)
+    ]
+    rng = generator(config.seed, "composed prompts")
+    rows: list[dict] = []
+    for kind, truths in (
+        ("seen", [truth for truth in shown if truth in filmed]), ("recombined", kept_out), ("image", images),
+        ("pair", pairs),
+    ):  # fmt: skip
+        mixed = [truths[index] for index in rng.permutation(len(truths))[:256]]
+        for truth in _spread(mixed, config.num_prompts // 4):
+            rows.append({"prompt": truth.caption(), "truth": truth.as_json(), "seen": kind == "seen", "kind": kind})
+    return [row | {"seed": index} for index, row in enumerate(rows)]
 
 
 def _spread(truths: list[Truth], count: int) -> list[Truth]:

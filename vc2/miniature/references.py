@@ -1,0 +1,243 @@
+"""What the judges' figures stand beside: drawn clips, so of known truth, good ones and damaged ones.
+
+`separation` says how surely each figure tells a real clip from one that is damaged in the way the figure is for.
+`Yardstick` turns figures into two indices whose ends mean something in this world:
+
+    quality   0: looks like the video set (soft, noisy, watermarked)         1: looks like the image set
+    motion    0: every frame an unconnected picture of the same caption      1: as real clips move
+
+each the mean of its figures' places between the means at the two ends, cut to [-1, 2]. The ends pass through the
+autoencoder first, so that a perfect network reaches them. Figures whose ends it makes alike (sharpness, noise), or that
+are alike anyway (flash), are in neither index; nor is what a caption claims.
+
+Shapes: T frames, H x W pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from vc2.miniature import scene as words
+from vc2.miniature.degrade import footage, soften, stamp
+from vc2.miniature.judges import judge
+from vc2.miniature.scene import Scene, Truth, draw_picture_scene, draw_video_scene
+from vc2.seeding import generator
+
+__all__ = ["MOTION", "QUALITY", "Separation", "Yardstick", "separation"]
+
+QUALITY = ("watermark", "palette")
+MOTION = ("jitter", "flicker", "speed")
+WATERMARKED = 0.05  # opacity above which a watermark is there: no clean clip is judged to have more
+SECONDS = 2.3
+Damage = Callable[[Scene, np.ndarray, np.random.Generator], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """How surely a figure tells real clips from damaged ones."""
+
+    figure: str
+    damage: str
+    accuracy: float  # of `clips` pairs; 0.5 is chance
+    clips: int
+
+
+@cache
+def separation(width: int, height: int, num_frames: int, fps: float, *, clips: int = 24) -> tuple[Separation, ...]:
+    """Judge drawn clips beside damaged copies of themselves, figure by figure.
+
+    A figure that is right or wrong has to be right of the real clip and wrong of the other: the mean of both shares. Of
+    a figure with a scale it is the share of pairs in the right order.
+    """
+    drawn = []
+    for index in range(clips):
+        thing = words.ThingTruth(
+            words.SHAPES[index % 3],
+            words.VIDEO_COLOURS[index // 3 % 4],
+            "plain",
+            list(words.DIRECTIONS)[(index // 2) % 4],
+        )
+        truth = Truth(words.VIDEO_BACKGROUNDS[(index + index // 4) % 4], (thing,))
+        drawn.append(_drawn(truth, width, height, num_frames, fps, generator(0, "separation", index)))
+    found: list[Separation] = []
+    for figure, (words_of, change, _) in CAPTIONS.items():
+        right = [judge(clip, scene.truth, fps)[figure] for scene, clip in drawn]
+        wrong = [1 - judge(clip, change(scene.truth), fps)[figure] for scene, clip in drawn]
+        found.append(Separation(figure, words_of, float(np.mean(right + wrong)), clips))
+    for figure, (words_of, damage, rises) in DAMAGES.items():
+        ordered = []
+        for index, (scene, clip) in enumerate(drawn):
+            damaged = damage(scene, clip, generator(0, "damage", figure, index))
+            before, after = (judge(each, scene.truth, fps)[figure] for each in (clip, damaged))
+            ordered.append(after > before if rises else after < before)
+        found.append(Separation(figure, words_of, float(np.mean(ordered)), clips))
+    return tuple(found)
+
+
+def _drawn(
+    truth: Truth, width: int, height: int, num_frames: int, fps: float, rng: np.random.Generator
+) -> tuple[Scene, np.ndarray]:
+    """A clean clip, (T, H, W, 3) uint8, and its scene."""
+    scene = draw_video_scene(rng, truth, SECONDS)
+    start = max(0.0, SECONDS - (num_frames - 1) / fps) / 2
+    return scene, scene.render_clip(width, height, start + np.arange(num_frames) / fps)
+
+
+def _next(known: Sequence[str], word: str) -> str:
+    return known[(list(known).index(word) + 1) % len(known)]
+
+
+def _with_thing(truth: Truth, **changes: str) -> Truth:
+    return replace(truth, things=(replace(truth.things[0], **changes), *truth.things[1:]))
+
+
+def _beside_another(truth: Truth) -> Truth:
+    other = replace(truth.things[0], colour=_next(words.VIDEO_COLOURS, truth.things[0].colour))
+    return replace(truth, things=(*truth.things, other))
+
+
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+CAPTIONS: Mapping[str, tuple[str, Callable[[Truth], Truth], bool]] = {
+    "colour": (
+        "caption with another colour",
+        lambda truth: _with_thing(truth, colour=_next(words.VIDEO_COLOURS, truth.things[0].colour)),
+        False,
+    ),
+    "shape": (
+        "caption with another shape",
+        lambda truth: _with_thing(truth, shape=_next(words.SHAPES, truth.things[0].shape)),
+        False,
+    ),
+    "background": (
+        "caption with another background",
+        lambda truth: replace(truth, background=_next(words.VIDEO_BACKGROUNDS, truth.background)),
+        False,
+    ),
+    "count": ("caption with one thing more", _beside_another, False),
+    "direction": (
+        "caption with the opposite direction",
+        lambda truth: _with_thing(truth, motion=OPPOSITE[truth.things[0].motion or "left"]),
+        False,
+    ),
+}
+
+
+def _blurred(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return soften(soften(clip))
+
+
+def _grainy(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _added(clip, np.rint(rng.normal(0, 5, (*clip.shape[:3], 1))))
+
+
+def _flickering(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _added(clip, np.rint(rng.normal(0, 4, (len(clip), 1, 1, 1))))
+
+
+def _flashing(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    bare = replace(scene, things=()).render(clip.shape[2], clip.shape[1])
+    is_thing = (clip != bare).any(axis=-1, keepdims=True)
+    return _added(clip, np.rint(rng.normal(0, 12, (len(clip), 1, 1, 1))) * is_thing)
+
+
+def _shaking(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    shifts = rng.integers(-4, 5, (len(clip), 2))
+    return np.stack([np.roll(frame, shift, axis=(0, 1)) for frame, shift in zip(clip, shifts, strict=True)])
+
+
+def _frozen(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.repeat(clip[:1], len(clip), axis=0)
+
+
+def _backwards(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return clip[::-1]
+
+
+def _stamped(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return stamp(clip, 0.2)
+
+
+def _off_palette(scene: Scene, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The video set's muted middle: half of all contrast gone."""
+    return np.rint(clip.mean(axis=(1, 2), keepdims=True) * 0.5 + clip * 0.5).astype(np.uint8)
+
+
+DAMAGES: Mapping[str, tuple[str, Damage, bool]] = {  # figure: what was done, how, whether the figure rises
+    "watermark": ("half of the video set's watermark", _stamped, True),
+    "sharpness": ("blurred", _blurred, False),
+    "noise": ("grain of 5 grey levels", _grainy, True),
+    "palette": ("half of the contrast", _off_palette, True),
+    "speed": ("frozen", _frozen, False),
+    "path": ("played backwards", _backwards, False),
+    "jitter": ("each frame shifted by up to 4 pixels", _shaking, True),
+    "flicker": ("level of each frame off by 4 grey levels", _flickering, True),
+    "flash": ("level of the thing off by 12 grey levels", _flashing, True),
+}
+
+
+def _added(frames: np.ndarray, change: np.ndarray) -> np.ndarray:
+    return np.clip(frames + change, 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Mean figures at the ends of the two indices."""
+
+    video_set: Mapping[str, float]
+    image_set: Mapping[str, float]
+    unconnected: Mapping[str, float]
+    real: Mapping[str, float]
+
+    @classmethod
+    def made_for(
+        cls,
+        truths: Sequence[Truth],
+        size: tuple[int, int],
+        num_frames: int,
+        fps: float,
+        through: Callable[[np.ndarray], np.ndarray],
+    ) -> "Yardstick":
+        """Ends for these captions.
+
+        Args:
+            truths: Of one moving thing each.
+            size: Width and height.
+            num_frames, fps: Of a clip.
+            through: What the autoencoder makes of a clip.
+        """
+        ends: dict[str, list[Mapping[str, float]]] = {name: [] for name in cls.__dataclass_fields__}
+        width, height = size
+        for index, truth in enumerate(truths):
+            rng = generator(0, "yardstick", index)
+            _, clean = _drawn(truth, width, height, num_frames, fps, rng)
+            stock = np.stack(list(footage(clean, rng, float(rng.uniform(3, 7)))))
+            picture = draw_picture_scene(rng, truth, rich=True).render(width, height)
+            others = np.stack([_drawn(truth, width, height, 1, fps, rng)[1][0] for _ in range(num_frames)])
+            still = np.repeat(picture[None], num_frames, axis=0)
+            made = {"video_set": stock, "image_set": still, "unconnected": others, "real": clean}
+            for name, clip in made.items():
+                ends[name].append(judge(through(clip), truth, fps))
+        return cls(**{name: _means(rows) for name, rows in ends.items()})
+
+    def quality(self, figures: Mapping[str, float]) -> float:
+        """Index of the look of a clip."""
+        return _place(figures, QUALITY, self.video_set, self.image_set)
+
+    def motion(self, figures: Mapping[str, float]) -> float:
+        """Index of how a clip moves; of a clip in which nothing was found, 0."""
+        if not figures.get("visible"):
+            return 0.0
+        return _place(figures, MOTION, self.unconnected, self.real)
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in (*QUALITY, *MOTION)}
+
+
+def _place(
+    figures: Mapping[str, float], names: Sequence[str], low: Mapping[str, float], high: Mapping[str, float]
+) -> float:
+    places = [(figures[name] - low[name]) / (high[name] - low[name]) for name in names if name in figures]
+    return float(np.mean(np.clip(places, -1, 2))) if places else 0.0
