@@ -10,17 +10,17 @@ Source: Chen et al. 2024 (VideoCrafter2), Sec. 3 and Table 3. What the paper lea
 """
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from vc2.config import merge
 from vc2.data.config import LaionSource
 from vc2.errors import ConfigError
 from vc2.model.config import LoraConfig
-from vc2.train.config import Strategy
 
 if TYPE_CHECKING:
     from vc2.pipeline.recipes import PipelineConfig
 
-__all__ = ["TUNING_LORA", "Row", "last_stage", "named_row", "row"]
+__all__ = ["TUNING_LORA", "Row", "last_stage", "named_row", "row", "row_settings"]
 
 # The paper states neither rank nor layers. 16 with alpha = rank: docs/strategies.md says why.
 TUNING_LORA = LoraConfig(rank=16, alpha=16.0, targets=("attention",))
@@ -77,15 +77,20 @@ def last_stage(wanted: Row) -> str | None:
 
 def row(config: "PipelineConfig", wanted: Row) -> "PipelineConfig":
     """A recipe as a row of Table 3 asks for it. Of a base, what comes after stage 1 stays as it is and is not run."""
+    return merge(config, row_settings(config, wanted))
+
+
+def row_settings(config: "PipelineConfig", wanted: Row) -> dict[str, Any]:
+    """The settings that make a recipe that row."""
     learns = "all" if wanted.base is Row.F_BASE else "temporal"
-    config = config.evolve(full=config.full.evolve(strategy=Strategy(trainable=learns)))
+    settings: dict[str, Any] = {"full": {"strategy": {"trainable": learns, "lora": None}}}
     if wanted.is_base:
-        return config
-    lora = TUNING_LORA if "LoRA" in wanted.value else None
-    config = config.evolve(spatial=config.spatial.evolve(strategy=Strategy(trainable=wanted.tuned, lora=lora)))
+        return settings
+    lora = TUNING_LORA.model_dump(mode="json") if "LoRA" in wanted.value else None
+    settings["spatial"] = {"strategy": {"trainable": wanted.tuned, "lora": lora}}
     if wanted is Row.F_SPA_DIR_LAION:
-        return config.evolve(jdb=config.jdb.evolve(source=_laion_aesthetics(config)))
-    return config
+        settings["jdb"] = {"source": _laion_aesthetics(config).model_dump(mode="json", exclude_none=True)}
+    return settings
 
 
 def _laion_aesthetics(config: "PipelineConfig") -> LaionSource:
