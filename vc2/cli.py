@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Run a recipe from raw data to report; what is done is reused.")
     run.add_argument(
-        "recipe", nargs="?", default="miniature", help="miniature, single_gpu or paper (default: miniature)"
+        "recipe", nargs="?", default="miniature", help="miniature, study, single_gpu or paper (default: miniature)"
     )
     _row_choice(run)
     _stage_choice(run)
@@ -162,6 +162,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--recipe", help="of a checkpoint's evaluation (default: miniature)")
     _evaluate_options(evaluate)
     _common(evaluate, repeatable=True)
+
+    compare = command(
+        "compare", _compare,
+        "The rows of the paper's Table 3 in a small world: train, sample, judge, one table, a verdict per claim.",
+    )  # fmt: skip
+    compare.add_argument("recipe", nargs="?", default="study", help="one with a small world (default: study)")
+    compare.add_argument(
+        "--rows", default="", metavar="ROW,ROW", help="such as F-Spa-DIR,P-Spa-LoRA; their bases come with them "
+        "(default: all eleven)",
+    )  # fmt: skip
+    compare.add_argument("--seeds", default="0,1,2", metavar="N,N", help="of training and noise (default: 0,1,2)")
+    compare.add_argument("--dry-run", action="store_true", help="say which stages are to do; run nothing")
+    _common(compare)
 
     references = command(
         "references", _references, "Paint the images that SD_Score compares with, by SDXL: once, and keep them."
@@ -658,6 +671,50 @@ def _run(options: argparse.Namespace) -> None:
 
         made = driver.drive(config, store, run_stage, repeat=repeat, given=given, **span)
     _say_artifact(options, store, made)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from vc2.artifacts import load_manifest
+    from vc2.config import parse_settings
+    from vc2.pipeline import compare, recipes, stages
+    from vc2.progress import counted
+    from vc2.ray_session import keeping_ray
+
+    work = (options.work or recipes.DEFAULT_WORK).absolute()
+    rows = compare.chosen_rows(list(_listed(options.rows)))
+    try:
+        seeds = [int(seed) for seed in _listed(options.seeds)]
+    except ValueError:
+        raise ConfigError(f"--seeds {options.seeds}: expected numbers, for example 0,1,2") from None
+    asked = compare.members(options.recipe, parse_settings(options.set), rows, seeds, work)
+    store = _store(options, work)
+    if options.dry_run:
+        found = compare.to_do(asked, store)
+        if options.json:
+            print(json.dumps({name: {"stage": stage, "members": of} for name, (stage, of) in found.items()}, indent=1))
+            return
+        for name, (stage, of) in found.items():
+            print(f"{stage:18} {name[:12]}  {', '.join(of[:4])}{f' and {len(of) - 4} more' if len(of) > 4 else ''}")
+        print(f"{counted(len(asked), 'member')}, {counted(len(found), 'stage')} to do; then samples and judges")
+        return
+    with _progress(options) as progress, keeping_ray() as ray:
+
+        def run(member: "compare.Member", planned: "PlannedStage", inputs: "Mapping[str, Artifact]") -> "Artifact":
+            if not planned.name.startswith("shard/"):
+                ray.close()  # nothing else needs it
+            return stages.execute(planned, member.config, store, work, inputs=inputs, progress=progress)
+
+        made = compare.compare(asked, store, work, run, progress=progress)
+    if options.json:
+        print(store.read(load_manifest(store, made.prefix).file("table.json").key).decode(), end="")
+        return
+    print(store.read(load_manifest(store, made.prefix).file("table.md").key).decode())
+    print(compare.page_at(made))
+
+
+def _listed(text: str) -> "Iterator[str]":
+    """The parts of a list with commas."""
+    yield from (part.strip() for part in text.split(",") if part.strip())
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -2,19 +2,20 @@
 
 import os
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vc2.errors import ConfigError
 from vc2.eval.config import SampleStage
-from vc2.launch import run_ranks
+from vc2.launch import reporting_to, run_ranks
 from vc2.progress import Progress
 from vc2.storage import Store, open_store
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Launch", "device_of", "launch_of", "read_job", "work_here"]
+__all__ = ["Launch", "device_of", "launch_of", "read_job", "run_here", "work_here"]
 
 
 class Launch(Protocol):
@@ -30,6 +31,12 @@ def launch_of(config: SampleStage, store: Store, folder: str) -> Launch:
     if config.launcher == "local":
         return run_ranks
     return partial(_run_as_job, store=store, folder=folder, device=config.device)
+
+
+def run_here(module: str, config_uri: str, *, world_size: int, work: Path, name: str, progress: Progress) -> None:
+    """A `Launch` of one rank in this process: for many small jobs, whose time would go into starting processes."""
+    with reporting_to(progress):
+        import_module(module).main(config_uri)
 
 
 def _run_as_job(

@@ -42,7 +42,17 @@ from vc2.progress import Progress, silent
 from vc2.storage import Store
 from vc2.train.precompute import LATENTS
 
-__all__ = ["BEFORE", "REAL", "gather", "gather_videos", "judge_by_truth", "loss_curve", "real_clips", "shown_videos"]
+__all__ = [
+    "BEFORE",
+    "REAL",
+    "gather",
+    "gather_videos",
+    "judge_by_truth",
+    "judged_figures",
+    "loss_curve",
+    "real_clips",
+    "shown_videos",
+]
 
 BEFORE = "before stage 2"
 REAL = "real clips"
@@ -252,6 +262,11 @@ class _Card:
             if why:
                 reasons.setdefault(name, {}).setdefault(mode, {})[metric] = why
         return cls(json.loads(store.read(manifest.file("summary.json").key)), judged, texts, values, reasons)
+
+
+def judged_figures(store: Store, scorecard: Scorecard) -> Mapping[str, Mapping[str, float]]:
+    """What the judges say of the samples of a scorecard, by prompt id."""
+    return _Card.read(store, scorecard).judged.get("samples", {})
 
 
 def _lines(store: Store, manifest: Manifest, name: str) -> list[dict[str, Any]]:

@@ -33,8 +33,9 @@ from vc2.storage import Store, join_uri
 
 if TYPE_CHECKING:
     from vc2.eval.metrics import Video
+    from vc2.eval.ranks import Launch
 
-__all__ = ["execute", "page_of", "run_shards", "run_stage", "sampled"]
+__all__ = ["execute", "page_of", "run_shards", "run_stage", "sampled", "scored"]
 
 
 def run_stage(
@@ -176,7 +177,7 @@ def _evaluate(
         if isinstance(artifact, Checkpoint)
     }
     real = real_clips(store, inputs["videos"], wanted.all_prompts()) if "videos" in inputs else {}
-    scorecard = _scores(wanted, config, store, work, made, real, stage.repeat, progress)
+    scorecard = scored(wanted, config, store, work, made, real, stage.repeat, progress)
     others = {"base_samples": made["base"]} if "base" in made else {}
     progress("report", 0, 1)
     data = gather(config, store, inputs, made, scorecard, real, progress=progress)
@@ -196,16 +197,24 @@ def _evaluate(
 
 
 def sampled(
-    sampling: SampleStage, store: Store, work: Path, checkpoint: Checkpoint, repeat: int, progress: Progress
+    sampling: SampleStage,
+    store: Store,
+    work: Path,
+    checkpoint: Checkpoint,
+    repeat: int,
+    progress: Progress,
+    launch: "Launch | None" = None,
 ) -> SampleSet:
-    """The videos that `sampling` asks of a checkpoint; made if they are not there."""
+    """The videos that `sampling` asks of a checkpoint; made if they are not there, by the launcher that it asks for or
+    the one given."""
     from vc2.eval.generate import generate, sample_set_name
 
     name = sample_set_name(sampling, checkpoint, repeat)
-    return generate(sampling, store, work, fingerprint=name, checkpoint=checkpoint, repeat=repeat, progress=progress)
+    told = {"repeat": repeat, "progress": progress, "launch": launch}
+    return generate(sampling, store, work, fingerprint=name, checkpoint=checkpoint, **told)
 
 
-def _scores(
+def scored(
     wanted: EvaluateStage,
     config: PipelineConfig,
     store: Store,
@@ -215,6 +224,8 @@ def _scores(
     repeat: int,
     progress: Progress,
 ) -> Scorecard:
+    """What is measured of the videos of a checkpoint (role `checkpoint`); in a small world judged by its truth, beside
+    those from before stage 2 (role `base`) and real clips, where there are such."""
     from vc2.eval.scorecard import STAGE_VERSION, sampled_videos, score
 
     judge, others = None, {}

@@ -1,0 +1,133 @@
+"""The rows of Table 3 beside each other, for real and tiny: what is shared, broken off, damaged, asked wrongly."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vc2.artifacts import Artifact, Report, load_manifest
+from vc2.cli import main
+from vc2.errors import ConfigError
+from vc2.pipeline.compare import FIGURES, PAGE, Member, chosen_rows, compare, members, to_do
+from vc2.pipeline.driver import PlannedStage, plan
+from vc2.pipeline.stages import execute
+from vc2.pipeline.table3 import Row
+from vc2.storage import Store, open_store
+
+TINY: Mapping[str, Any] = {
+    "world": {"num_videos": 16, "num_web_images": 24, "num_jdb_images": 16, "num_prompts": 8},
+    "full": {"num_steps": 3, "batch_size": 4, "hang_seconds": 600},
+    "spatial": {"num_steps": 4, "keep_every_steps": 2, "batch_size": 4, "hang_seconds": 600},
+    "evaluation": {"sampler": {"num_steps": 2}},
+}
+ROWS = (Row.F_BASE, Row.F_SPA_LORA, Row.F_SPA_DIR)
+
+
+class Runner:
+    """Makes stages in this process, counts them, and breaks off before one if it is told to."""
+
+    def __init__(self, store: Store, work: Path, stop_before: int | None = None) -> None:
+        self.store, self.work, self.stop_before = store, work, stop_before
+        self.ran: list[str] = []
+
+    def __call__(self, member: Member, planned: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:
+        if len(self.ran) == self.stop_before:
+            raise KeyboardInterrupt
+        self.ran.append(planned.name)
+        return execute(planned, member.config, self.store, self.work, inputs=inputs)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Member], Store, Path, Runner, Runner, Report]:
+    """A comparison that was broken off before its last stage, and run again."""
+    work = tmp_path_factory.mktemp("compare")
+    store = open_store(str(work / "store"))
+    asked = members("study", TINY, ROWS, (0,), work)
+    first = Runner(store, work, stop_before=5)
+    with pytest.raises(KeyboardInterrupt):
+        compare(asked, store, work, first)
+    second = Runner(store, work)
+    return asked, store, work, first, second, compare(asked, store, work, second)
+
+
+def test_what_rows_share_is_made_once_and_what_was_done_before_the_break_is_not_again(made) -> None:
+    asked, store, _, first, second, _ = made
+    assert first.ran == ["shard/webvid", "shard/laion-coco", "train/full", "shard/jdb", "train/spatial"]
+    assert second.ran == ["train/spatial"]
+    assert to_do(asked, store) == {}
+
+
+def test_once_more_makes_nothing_and_finds_the_same(made) -> None:
+    asked, store, work, _, _, report = made
+    third = Runner(store, work)
+    assert compare(asked, store, work, third) == report and third.ran == []
+
+
+def test_every_clip_is_in_the_table_and_every_claim_has_its_verdict(made) -> None:
+    _, store, _, _, _, report = made
+    manifest = load_manifest(store, report.prefix)
+    data = json.loads(store.read(manifest.file("table.json").key))
+    assert list(data["rows"]) == [row.value for row in ROWS]
+    assert manifest.counts == {"members": 3, "videos": 3 * 8}
+    for figures in data["rows"].values():
+        assert {"quality", "motion", "text", "composition", "watermarked"} <= set(figures) <= set(FIGURES)
+        assert all(found["low"] <= found["mean"] <= found["high"] for found in figures.values())
+    verdicts = {claim["key"]: claim["verdict"] for claim in data["claims"]}
+    assert verdicts == manifest.facts["verdicts"]
+    assert verdicts["c"] != "not run" and verdicts["a"] == "not run"  # F alone was run
+    assert {row: list(curve["motion"]) for row, curve in data["curves"].items()} == {
+        row.value: ["2", "4"] for row in ROWS[1:]
+    }
+
+
+def test_the_page_and_the_picture_can_be_opened(made) -> None:
+    _, store, _, _, _, report = made
+    manifest = load_manifest(store, report.prefix)
+    page = store.read(manifest.file(PAGE).key).decode()
+    assert page.count("<video") == 3 * 4 and "data:video/mp4;base64," in page and "F-Spa-LoRA" in page
+    assert store.read(manifest.file("before_after.png").key).startswith(b"\x89PNG")
+    text = store.read(manifest.file("table.md").key).decode()
+    assert all(row.value in text for row in ROWS)
+
+
+def test_a_row_brings_its_base_and_rows_of_a_base_share_its_training(tmp_path: Path) -> None:
+    assert chosen_rows(["p-spa-lora"]) == (Row.P_BASE, Row.P_SPA_LORA)
+    assert set(chosen_rows([])) == set(Row)
+    store = open_store(str(tmp_path / "store"))
+    names = {
+        (member.row, member.seed): plan(member.config, store)[3].fingerprint
+        for member in members("study", TINY, tuple(Row), (0, 1), tmp_path)
+    }
+    assert len(set(names.values())) == 4  # two bases, two seeds
+    assert all(name == names[row.base, seed] for (row, seed), name in names.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["paper"], "no small world"),
+        (["--seeds", "0,0"], "expected different numbers"),
+        (["--seeds", "one"], "expected numbers"),
+        (["--rows", "F-Spa"], "its rows are"),
+        (["--set", "full.nothing=1"], "no setting"),
+    ],
+)
+def test_wrong_requests_are_refused_in_a_sentence(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *arguments, "--work", str(tmp_path), "--dry-run"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_seeds_from_nowhere_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected different numbers"):
+        members("study", TINY, ROWS, (), tmp_path)
+
+
+def test_a_dry_run_says_what_is_to_do_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--rows", "F-Spa-DIR", "--seeds", "0", "--work", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2 members, 5 stages to do" in said and "train/full" in said
+    assert not list((tmp_path / "store").glob("runs/*"))
