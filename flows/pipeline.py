@@ -40,7 +40,7 @@ from vc2.pipeline.recipes import PipelineOverrides, Recipe
 from vc2.ray_session import HeldSession
 from vc2.storage import Store
 
-__all__ = ["pipeline"]
+__all__ = ["Children", "attempt_started", "pipeline"]
 
 AS_IN_RECIPE = PipelineOverrides()
 LOOK_EVERY = 0.5  # seconds
@@ -91,7 +91,7 @@ def pipeline(
     _pass_cost(rows, {stage.name for stage in todo}, cost_limit)
     names = [stage.name for stage in todo]
     looks = {**inputs, "repeat": repeat, "stages": tuple(names)} if preflight else None
-    children = Children(recipe, what, overrides, names, gate_before, looks, _begun())
+    children = Children(recipe, what, overrides, names, gate_before, looks, attempt_started())
     try:
         result = drive(
             what.config,
@@ -107,7 +107,7 @@ def pipeline(
     return _shown_result(result, what.store)
 
 
-def _begun() -> int:
+def attempt_started() -> int:
     """The attempt of this run that somebody started; where it was rescued since, an earlier one."""
     with get_client(sync_client=True) as client:
         return started(client.read_flow_run(this_run.id))

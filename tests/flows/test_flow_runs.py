@@ -15,7 +15,7 @@ from vc2.pipeline.driver import STAGES
 
 DRIVER = "vc2/full-pipeline"
 ALONE = ("train/full", "train/spatial", "rescue/sweep")  # one run at a time
-OTHERS = ("preflight/recipe", "sample/grid", "rescue/crashed", "rescue/sweep")
+OTHERS = ("preflight/recipe", "sample/grid", "compare/strategies", "rescue/crashed", "rescue/sweep")
 
 
 # ---- what is deployed ----
@@ -29,14 +29,16 @@ def test_the_deployments_of_the_design_exist(running: Running) -> None:
         found = running.api.get(f"/deployments/name/{name}")
         assert found is not None, name
         assert found["description"] and "vc2" in found["tags"]
-        assert found["parameters"].get("recipe", "miniature") == "miniature"
+        recipe = "study" if name == "compare/strategies" else "miniature"
+        assert found["parameters"].get("recipe", recipe) == recipe
         limit = found["global_concurrency_limit"]
         assert (limit["limit"] if limit else None) == (1 if name in ALONE else None)
         if limit:
             strategy = "CANCEL_NEW" if name == "rescue/sweep" else "ENQUEUE"
             assert found["concurrency_options"]["collision_strategy"] == strategy
         pools[name] = (found["work_pool_name"], found["work_queue_name"])
-    assert {pools.pop(name) for name in (DRIVER, "rescue/crashed", "rescue/sweep")} == {("vc2", "driver")}
+    drivers = (DRIVER, "compare/strategies", "rescue/crashed", "rescue/sweep")
+    assert {pools.pop(name) for name in drivers} == {("vc2", "driver")}
     assert set(pools.values()) == {("vc2", "stages")}
 
 
