@@ -5,8 +5,10 @@ is retried goes on; what rows share is run once.
 """
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from prefect import flow
+from pydantic import Field
 
 from flows.body import told_in_one_line
 from flows.pipeline import Children, attempt_started
@@ -29,7 +31,7 @@ def compare(
     recipe: Recipe = "study",
     store: str = "",
     rows: tuple[str, ...] = (),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2),
     overrides: PipelineOverrides = AS_IN_RECIPE,  # pyright: ignore[reportInvalidTypeForm]
 ) -> str:
     """Train, sample and judge rows of Table 3; one table, a verdict per claim. Safe to repeat and to retry.

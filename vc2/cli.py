@@ -103,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Run a recipe from raw data to report; what is done is reused.")
     run.add_argument(
-        "recipe", nargs="?", default="miniature", help="miniature, study, single_gpu or paper (default: miniature)"
+        "recipe",
+        nargs="?",
+        default="miniature",
+        help="miniature, study, study_gpu, single_gpu or paper (default: miniature)",
     )
     _row_choice(run)
     _stage_choice(run)

@@ -202,3 +202,30 @@ def test_a_run_that_would_cost_more_than_the_limit_asks_first(running: Running) 
     running.api.cancel(run_id)
     wait_until(lambda: running.run(run_id)["state_type"] == "CANCELLED", "a suspended run is not cancelled")
     assert running.children(run_id) == {}
+
+
+# ---- a comparison ----
+
+
+def test_rows_are_trained_by_runs_of_their_own_once_and_end_in_one_page(running: Running) -> None:
+    """What rows share is one run; asked once more nothing runs, and the same page is named."""
+    tiny = {
+        "world": TINY_WORLD | {"num_prompts": 4},
+        "full": {"num_steps": 2, "batch_size": 4},
+        "spatial": {"num_steps": 2, "keep_every_steps": 1, "batch_size": 4},
+        "evaluation": {"sampler": {"num_steps": 2}},
+    }
+    asked = {"rows": ["F-Spa-DIR"], "seeds": [0], "overrides": tiny}
+    run_id = running.submit("compare/strategies", **asked)
+    run = wait_until(lambda: (it := running.run(run_id))["state_type"] in FINAL and it, "no comparison", 900)
+    assert run["state_type"] == "COMPLETED", run["state"]
+    assert set(running.children(run_id)) == set(STAGES[:5])
+    again = running.ended(running.submit("compare/strategies", **asked))
+    assert again["state"]["message"] == run["state"]["message"]
+    assert running.children(again["id"]) == {}
+    assert run["state"]["message"].endswith("/compare.html")
+
+
+def test_a_comparison_without_a_known_truth_is_refused_in_a_sentence(running: Running) -> None:
+    run = running.ended(running.submit("compare/strategies", recipe="paper"))
+    assert run["state_type"] == "FAILED" and "no small world" in run["state"]["message"]

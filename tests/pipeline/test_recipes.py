@@ -121,5 +121,5 @@ def test_settings_come_as_the_forms_type_or_as_plain_values(tmp_path: Path) -> N
 
 
 def test_an_unknown_recipe_is_told_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="the recipes are miniature, study, single_gpu, paper"):
+    with pytest.raises(ConfigError, match="the recipes are miniature, study, study_gpu, single_gpu, paper"):
         resolve("minature")

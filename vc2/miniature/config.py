@@ -13,6 +13,7 @@ __all__ = [
     "autoencoder_config",
     "autoencoder_weights",
     "image_base_weights",
+    "large_unet_config",
     "text_config",
     "unet_config",
 ]
@@ -61,6 +62,13 @@ def unet_config() -> UNetConfig:
         context_dim=64,
         norm_groups=8,
         addition_attention=False,
+    )
+
+
+def large_unet_config() -> UNetConfig:
+    """The same for a GPU: 41,522,692 parameters, text at every resolution."""
+    return unet_config().evolve(
+        model_channels=128, num_res_blocks=2, attention_resolutions=(1, 2), num_head_channels=32, norm_groups=32
     )
 
 

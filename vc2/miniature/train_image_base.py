@@ -3,7 +3,8 @@
 It plays the part that Stable Diffusion 2.1 plays in the paper: an image model that knows what things look like and has
 never seen one move. It is the spatial part of the miniature's `UNet3D`, trained on clean still pictures with captions
 that say nothing of motion, by the same objective, and stored under Stable Diffusion's own names, so that stage `full`
-begins as the paper's does: `load_sd_unet`, temporal outputs zero.
+begins as the paper's does: `load_sd_unet`, temporal outputs zero. `--network large --device cuda --out FILE` makes the
+one that recipe `study_gpu` looks for.
 
 Shapes: B pictures, C latent channels, h x w latent pixels.
 """
@@ -18,11 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vc2.miniature import scene as world
-from vc2.miniature.config import autoencoder_weights, image_base_weights, text_config, unet_config
+from vc2.miniature.config import (
+    autoencoder_weights,
+    image_base_weights,
+    large_unet_config,
+    text_config,
+    unet_config,
+)
 from vc2.miniature.scene import Scene, Thing, ThingTruth, Truth, draw_picture_scene, draw_video_scene
 from vc2.miniature.train_autoencoder import SIZES, as_pixels
 from vc2.model.autoencoder import Autoencoder
-from vc2.model.config import ScheduleConfig
+from vc2.model.config import ScheduleConfig, UNetConfig
 from vc2.model.partition import trainable_names
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
@@ -79,14 +86,26 @@ def draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nd
     return scene.render(*size), scene.caption()
 
 
-def train(*, steps: int, batch_size: int, lr: float, seed: int, pictures: int, out: Path, command: str) -> UNet3D:
-    """Train the spatial part; every SAVE_EVERY steps and at the end its average over steps is at `out`."""
+def train(
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    pictures: int,
+    out: Path,
+    command: str,
+    network: UNetConfig | None = None,
+    device: str = "cpu",
+) -> UNet3D:
+    """Train the spatial part of `network` (None: the small one); every SAVE_EVERY steps and at the end its average over
+    steps is at `out`."""
     torch.manual_seed(seed)
     autoencoder = Autoencoder.from_safetensors(autoencoder_weights())
     text, schedule = TextEncoder(text_config()), NoiseSchedule(ScheduleConfig())
     banks = [Bank(pictures // (1 + index), size, autoencoder, text, seed) for index, size in enumerate(SIZES)]
     nothing = text.encode([""])
-    unet = UNet3D(unet_config()).train()
+    unet = UNet3D(network or unet_config()).train().to(device)
     spatial = frozenset(trainable_names(unet, "spatial"))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in spatial)
@@ -102,8 +121,9 @@ def train(*, steps: int, batch_size: int, lr: float, seed: int, pictures: int, o
         latents = autoencoder.sample(moments, torch.randn_like(mean))
         timesteps, noise = torch.randint(schedule.config.num_timesteps, (batch_size,)), torch.randn_like(mean)
         tokens = torch.where((torch.rand(batch_size) < CAPTION_DROPOUT)[:, None, None], nothing, tokens)
-        predicted = unet(schedule.add_noise(latents, noise, timesteps), timesteps, tokens)
-        loss = (predicted - noise).square().mean()
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        predicted = unet(noisy.to(device), timesteps.to(device), tokens.to(device))
+        loss = (predicted - noise.to(device)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
@@ -122,7 +142,7 @@ def train(*, steps: int, batch_size: int, lr: float, seed: int, pictures: int, o
 def save(unet: UNet3D, average: dict[str, Tensor], out: Path, command: str, steps_done: int) -> None:
     """Write the averaged weights as float16 under Stable Diffusion's names, whole, with the command that made them."""
     names = sd_names(unet, diffusers=False)
-    state = {PREFIX + names[name]: tensor.to(torch.float16).contiguous() for name, tensor in average.items()}
+    state = {PREFIX + names[name]: tensor.to("cpu", torch.float16).contiguous() for name, tensor in average.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     save_file(state, partial, metadata={"command": command, "steps": str(steps_done), "licence": "Apache-2.0"})
@@ -133,6 +153,8 @@ def save(unet: UNet3D, average: dict[str, Tensor], out: Path, command: str, step
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small image network of the miniature world.")
     parser.add_argument("--out", type=Path, default=image_base_weights())
+    parser.add_argument("--network", choices=["small", "large"], default="small")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -141,9 +163,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "threads")}
+    elsewhere = ("out", "threads", "network", "device")
+    settings = {name: value for name, value in vars(options).items() if name not in elsewhere}
     words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name != "out")
-    train(**settings, out=options.out, command=f"python -m vc2.miniature.train_image_base {words}")
+    network = large_unet_config() if options.network == "large" else unet_config()
+    command = f"python -m vc2.miniature.train_image_base {words}"
+    train(**settings, out=options.out, command=command, network=network, device=options.device)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from vc2.artifacts import (
 )
 from vc2.config import Config
 from vc2.errors import ConfigError, StoreError
+from vc2.eval.config import Prompt
 from vc2.eval.ranks import run_here
 from vc2.eval.scorecard import sampled_videos
 from vc2.miniature.references import WATERMARKED, Separation, Yardstick, separation
@@ -87,7 +88,6 @@ FIGURES = {  # of the table: what it is, and whether more is better (None: neith
     "flash": ("change of the thing's level, grey levels", False),
 }
 RIGHTS = ("colour", "shape", "background", "count", "direction")
-SHOWN = ("0000", "0001", "0013", "0024", "0037")  # prompts of the page's videos, as far as there are such
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ def members(
     asked = (
         settings.model_dump(mode="json", exclude_none=True) if isinstance(settings, Config) else dict(settings or {})
     )
-    plain = resolve(recipe, asked, work=work)
+    plain = resolve(recipe, asked, work=work, bind=False)
     if plain.world is None:
         raise ConfigError(
             f"recipe {recipe} has no small world whose truth is known, and the judges need one; take study or miniature"
@@ -270,7 +270,7 @@ def compare(
     """
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    evaluation = asked[0].config.evaluation
+    prompts = asked[0].config.evaluation.all_prompts()
     found = _begun(asked, work)
     cards: dict[str, Artifact] = {}
     for number, member in enumerate(asked):
@@ -295,8 +295,8 @@ def compare(
     if done := find(store, prefix, Report):
         return done
     data = _as_data(found, asked)
-    texts = _texts(store, found, data)
-    texts["before_after.png"] = _before_after(store, found, evaluation.all_prompts())
+    texts = _texts(store, found, data, prompts)
+    texts["before_after.png"] = _before_after(store, found, _shown(prompts)[:1] + _shown(prompts)[2:4])
     manifest = Manifest(
         kind="report",
         stage=STAGE,
@@ -401,8 +401,7 @@ def _as_data(found: Comparison, asked: Sequence[Member]) -> dict[str, Any]:
     table = found.table()
     quality = {row: figures["quality"].mean for row, figures in table.items()}
     first = asked[0].config
-    stages = {name: getattr(first, name).model_dump(mode="json") for name in ("full", "spatial")}
-    hidden = ("sd_path",)
+    stages = {stage.name: stage.identity() | {"num_steps": stage.num_steps} for stage in (first.full, first.spatial)}
     return {
         "rows": {row.value: {name: asdict(value) for name, value in figures.items()} for row, figures in table.items()},
         "paper": {row.value: dict(zip(("aesthetic", "technical"), paper_rows()[row], strict=True)) for row in table},
@@ -427,15 +426,23 @@ def _as_data(found: Comparison, asked: Sequence[Member]) -> dict[str, Any]:
         },
         "checkpoints": {f"{row} {seed}": f"{c.fingerprint}@{c.step}" for (row, seed), c in found.checkpoints.items()},
         "notes": list(found.notes),
-        "stages": {name: {k: v for k, v in stage.items() if k not in hidden} for name, stage in stages.items()},
+        "stages": stages,  # of the first member; the others differ in strategy and seed
     }
 
 
-def _texts(store: Store, found: Comparison, data: Mapping[str, Any]) -> dict[str, bytes]:
+def _shown(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts whose videos are on the page: two of the first kind, one of each other."""
+    by_kind: dict[Any, list[Prompt]] = {}
+    for prompt in prompts:
+        by_kind.setdefault(prompt.attributes.get("kind"), []).append(prompt)
+    return [prompt for number, found in enumerate(by_kind.values()) for prompt in found[: 1 if number else 2]]
+
+
+def _texts(store: Store, found: Comparison, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[str, bytes]:
     from vc2.pipeline.compare_page import render_markdown, render_page
     from vc2.pipeline.gather import shown_videos
 
-    names = [name for name in SHOWN if name in found.prompts] or list(found.prompts)[:4]
+    names = [prompt.id for prompt in _shown(prompts)]
     videos = {
         row.value: {name: shown.data for name, shown in shown_videos(store, samples, names).items()}
         for (row, seed), samples in found.samples.items()
@@ -453,22 +460,17 @@ BEFORE_AFTER = (Row.F_BASE, Row.F_SPA_DIR, Row.P_BASE, Row.P_SPA_LORA)
 ENLARGED = 2
 
 
-def _before_after(store: Store, found: Comparison, prompts: Sequence[Any]) -> bytes:
-    """A PNG: for two prompts the frames of each row from left to right, a row of Table 3 below the other."""
+def _before_after(store: Store, found: Comparison, prompts: Sequence[Prompt]) -> bytes:
+    """A PNG: of each prompt the frames of rows from left to right, a row of Table 3 below the other."""
     from PIL import Image, ImageDraw
 
-    by_id = {prompt.id: prompt for prompt in prompts}
-    chosen = [by_id[name] for name in (*SHOWN[:1], *SHOWN[3:4]) if name in by_id] or list(prompts)[:1]
+    rows = [row for row in BEFORE_AFTER if row in found.rows] or found.rows[:1]
     strips: list[tuple[str, np.ndarray]] = []
-    for prompt in chosen:
-        for row in BEFORE_AFTER:
+    for prompt in prompts:
+        for row in rows:
             if samples := found.samples.get((row, found.seeds[0])):
                 (video,) = sampled_videos(store, samples, [prompt])
                 strips.append((f"{row}   {prompt.text}", np.concatenate(list(video.frames), axis=1)))
-    if not strips:  # rows without any of these
-        key = next(iter(found.samples))
-        (video,) = sampled_videos(store, found.samples[key], chosen[:1])
-        strips.append((f"{key[0]}   {chosen[0].text}", np.concatenate(list(video.frames), axis=1)))
     label, height, width = 14, strips[0][1].shape[0] * ENLARGED, strips[0][1].shape[1] * ENLARGED
     sheet = Image.new("RGB", (width, (height + label) * len(strips)), "white")
     draw = ImageDraw.Draw(sheet)
