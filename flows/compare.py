@@ -43,8 +43,8 @@ def compare(
         seeds: Of training and noise.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
-    _, place = opened(recipe, store, overrides)
     asked = members(recipe, overrides, chosen_rows(rows), seeds, DEFAULT_WORK)
+    _, place = opened(recipe, store, overrides)
     progress = ShownProgress("compare/strategies")
     children: dict[tuple[str, int], Children] = {}
 

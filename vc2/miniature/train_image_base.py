@@ -49,11 +49,18 @@ class Bank:
     """Pictures drawn and encoded once; batches are taken from them."""
 
     def __init__(
-        self, count: int, size: tuple[int, int], autoencoder: Autoencoder, text: TextEncoder, seed: int
+        self,
+        count: int,
+        size: tuple[int, int],
+        autoencoder: Autoencoder,
+        text: TextEncoder,
+        seed: int,
+        *,
+        web_only: bool = False,
     ) -> None:
         captions, moments = [], []
         for index in range(count):
-            picture, caption = draw_picture(generator(seed, "picture", *size, index), size)
+            picture, caption = draw_picture(generator(seed, "picture", *size, index), size, web_only=web_only)
             moments.append(autoencoder.moments(as_pixels(picture[None])[:, :, None]))
             captions.append(caption)
         known = sorted(set(captions))
@@ -66,8 +73,11 @@ class Bank:
         return self.moments[chosen], self.tokens[self.caption[chosen]]
 
 
-def draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """A clean still (H, W, 3) uint8 of `size` (width, height) and its caption: a moment of a video or a composition."""
+def draw_picture(rng: np.random.Generator, size: tuple[int, int], *, web_only: bool = False) -> tuple[np.ndarray, str]:
+    """A clean still (H, W, 3) uint8 of `size` (width, height) and its caption: a moment of a video or a composition.
+
+    Square ones look like the image set's, unless `web_only` says that all shall look like the web's.
+    """
 
     def pick(options):
         return list(options)[int(rng.integers(len(options)))]
@@ -82,7 +92,9 @@ def draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nd
     else:
         colours = rng.permutation(list(world.COLOURS))[: 1 + int(rng.integers(2))]
         things = tuple(ThingTruth(pick(world.SHAPES), str(colour), pick(world.TEXTURES)) for colour in colours)
-        scene = draw_picture_scene(rng, Truth(pick(world.BACKGROUNDS), things), rich=size[0] == size[1])
+        scene = draw_picture_scene(
+            rng, Truth(pick(world.BACKGROUNDS), things), rich=size[0] == size[1] and not web_only
+        )
     return scene.render(*size), scene.caption()
 
 
@@ -97,13 +109,17 @@ def train(
     command: str,
     network: UNetConfig | None = None,
     device: str = "cpu",
+    web_only: bool = False,
 ) -> UNet3D:
     """Train the spatial part of `network` (None: the small one); every SAVE_EVERY steps and at the end its average over
     steps is at `out`."""
     torch.manual_seed(seed)
     autoencoder = Autoencoder.from_safetensors(autoencoder_weights())
     text, schedule = TextEncoder(text_config()), NoiseSchedule(ScheduleConfig())
-    banks = [Bank(pictures // (1 + index), size, autoencoder, text, seed) for index, size in enumerate(SIZES)]
+    banks = [
+        Bank(pictures // (1 + index), size, autoencoder, text, seed, web_only=web_only)
+        for index, size in enumerate(SIZES)
+    ]
     nothing = text.encode([""])
     unet = UNet3D(network or unet_config()).train().to(device)
     spatial = frozenset(trainable_names(unet, "spatial"))
@@ -155,6 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=image_base_weights())
     parser.add_argument("--network", choices=["small", "large"], default="small")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--web-only", action="store_true", help="no pictures that look like the image set")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -165,7 +182,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     elsewhere = ("out", "threads", "network", "device")
     settings = {name: value for name, value in vars(options).items() if name not in elsewhere}
-    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name != "out")
+    words = " ".join(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in vars(options).items()
+        if name != "out" and value is not False
+    )
     network = large_unet_config() if options.network == "large" else unet_config()
     command = f"python -m vc2.miniature.train_image_base {words}"
     train(**settings, out=options.out, command=command, network=network, device=options.device)

@@ -10,6 +10,7 @@ __all__ = ["render_markdown", "render_page"]
 
 Figures = Mapping[str, tuple[str, bool | None]]  # of the table: what it is, whether more is better
 WORDS = {"holds": "holds", "fails": "does not hold", "undecided": "undecided", "not run": "not run"}
+PAPER = ("aesthetic", "technical")  # DOVER's scores
 ARROWS = {True: "↑", False: "↓", None: ""}
 
 
@@ -52,13 +53,12 @@ def render_page(
 
 
 def _table(data: Mapping[str, Any], figures: Figures) -> str:
-    head = [column("row", is_number=False)]
+    head = [column("row", is_number=False), *(column(f"{name} (paper)") for name in PAPER)]
     head += [column(f"{name} {ARROWS[better]}".strip(), title=what) for name, (what, better) in figures.items()]
-    head += [column("aesthetic (paper)"), column("technical (paper)")]
     rows = []
     for row, found in data["rows"].items():
-        cells = [_interval_cell(found.get(name)) for name in figures]
-        cells += [element("td", number(data["paper"][row][name]), class_="num") for name in ("aesthetic", "technical")]
+        cells = [element("td", number(data["paper"][row][name]), class_="num") for name in PAPER]
+        cells += [_interval_cell(found.get(name)) for name in figures]
         rows.append(element("tr", row_head(row), *cells))
     return table("Rows of Table 3", head, rows)
 
@@ -115,7 +115,7 @@ def _video(data: bytes | None, words: str) -> str:
         return empty("none")
     return element(
         "video", src=data_uri("video/mp4", data), width=160, autoplay=True, loop=True, muted=True, playsinline=True,
-        controls=True, aria_label=words,
+        aria_label=words,
     )  # fmt: skip
 
 
@@ -161,11 +161,11 @@ def _judges(data: Mapping[str, Any]) -> str:
 
 def render_markdown(data: Mapping[str, Any], figures: Figures) -> str:
     """Table and verdicts as text."""
-    lines = [_line("row", *figures, "aesthetic (paper)", "technical (paper)")]
-    lines.append(_line("---", *("---:" for _ in range(len(figures) + 2))))
+    lines = [_line("row", *(f"{name} (paper)" for name in PAPER), *figures)]
+    lines.append(_line("---", *("---:" for _ in (*PAPER, *figures))))
     for row, found in data["rows"].items():
         cells = [_plain(found[name]) if name in found else "" for name in figures]
-        lines.append(_line(row, *cells, *(f"{data['paper'][row][name]:g}" for name in ("aesthetic", "technical"))))
+        lines.append(_line(row, *(f"{data['paper'][row][name]:g}" for name in PAPER), *cells))
     if found := data["rank_correlation_of_quality"]:
         words = ", ".join(f"{value:.2f} ({name})" for name, value in found.items())
         lines += ["", f"Rank correlation of quality with the paper's two scores: {words}."]
