@@ -40,7 +40,7 @@ def compare(
         recipe: Where all settings start from; one with a small world.
         store: Local path or s3://bucket/prefix; empty: the one of the worker (VC2_STORE).
         rows: Rows of Table 3, such as F-Spa-DIR; their bases come with them; empty: all eleven.
-        seeds: Of training and noise.
+        seeds: Of training.
         overrides: Settings to change; what is left empty keeps the recipe's value.
     """
     asked = members(recipe, overrides, chosen_rows(rows), seeds, DEFAULT_WORK)

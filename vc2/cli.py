@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", default="", metavar="ROW,ROW", help="such as F-Spa-DIR,P-Spa-LoRA; their bases come with them "
         "(default: all eleven)",
     )  # fmt: skip
-    compare.add_argument("--seeds", default="0,1,2", metavar="N,N", help="of training and noise (default: 0,1,2)")
+    compare.add_argument("--seeds", default="0,1,2", metavar="N,N", help="of training (default: 0,1,2)")
     compare.add_argument("--dry-run", action="store_true", help="say which stages are to do; run nothing")
     _common(compare)
 
@@ -684,7 +684,7 @@ def _compare(options: argparse.Namespace) -> None:
     from vc2.ray_session import keeping_ray
 
     work = (options.work or recipes.DEFAULT_WORK).absolute()
-    rows = compare.chosen_rows(list(_listed(options.rows)))
+    rows = compare.chosen_rows(_listed(options.rows))
     try:
         seeds = [int(seed) for seed in _listed(options.seeds)]
     except ValueError:
@@ -715,9 +715,9 @@ def _compare(options: argparse.Namespace) -> None:
     print(compare.page_at(made))
 
 
-def _listed(text: str) -> "Iterator[str]":
+def _listed(text: str) -> list[str]:
     """The parts of a list with commas."""
-    yield from (part.strip() for part in text.split(",") if part.strip())
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _plan(options: argparse.Namespace) -> None:

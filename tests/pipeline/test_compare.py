@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vc2.artifacts import Artifact, Report, load_manifest
+from vc2.artifacts import Artifact, Checkpoint, Report, load_manifest
 from vc2.cli import main
 from vc2.errors import ConfigError
-from vc2.pipeline.compare import FIGURES, PAGE, Member, chosen_rows, compare, members, to_do
+from vc2.pipeline.compare import FIGURES, PAGE, Comparison, Member, chosen_rows, compare, members, to_do
 from vc2.pipeline.driver import PlannedStage, plan
 from vc2.pipeline.stages import execute
 from vc2.pipeline.table3 import Row
@@ -78,7 +79,7 @@ def test_every_clip_is_in_the_table_and_every_claim_has_its_verdict(made) -> Non
     assert verdicts == manifest.facts["verdicts"]
     assert verdicts["c"] != "not run" and verdicts["a"] == "not run"  # F alone was run
     assert {row: list(curve["motion"]) for row, curve in data["curves"].items()} == {
-        row.value: ["2", "4"] for row in ROWS[1:]
+        row.value: ["0", "2", "4"] for row in ROWS[1:]
     }
 
 
@@ -112,6 +113,8 @@ def test_a_row_brings_its_base_and_rows_of_a_base_share_its_training(tmp_path: P
         (["--seeds", "one"], "expected numbers"),
         (["--rows", "F-Spa"], "its rows are"),
         (["--set", "full.nothing=1"], "no setting"),
+        (["--set", "spatial.seed=7"], "what the rows and seeds differ in"),
+        (["--set", 'spatial.strategy.trainable="all"'], "what the rows and seeds differ in"),
     ],
 )
 def test_wrong_requests_are_refused_in_a_sentence(
@@ -119,6 +122,40 @@ def test_wrong_requests_are_refused_in_a_sentence(
 ) -> None:
     assert main(["compare", *arguments, "--work", str(tmp_path), "--dry-run"]) == 1
     assert says in capsys.readouterr().err
+
+
+def test_a_prompt_whose_truth_is_not_known_is_refused(tmp_path: Path) -> None:
+    prompts = {"evaluation": {"prompts": [{"id": "one", "text": "a red panda eats bamboo"}]}}
+    with pytest.raises(ConfigError, match="has no attribute `truth`"):
+        members("study", prompts, ROWS, (0,), tmp_path)
+
+
+def test_the_fate_of_a_watermark_is_asked_where_the_base_has_one() -> None:
+    """Gone, lighter by half, as before; of a base without one nothing is said."""
+    base = {"one": 0.4, "two": 0.4, "three": 0.4, "four": 0.01}
+    tuned = {"one": 0.01, "two": 0.15, "three": 0.4, "four": 0.4}
+    found = Comparison([0], {name: name for name in base})
+    for row, opacities in ((Row.F_BASE, base), (Row.F_TEMP_DIR, tuned)):
+        found.finals[row, 0] = {name: {"watermark": opacity} for name, opacity in opacities.items()}
+    kept, lighter = (found.values(name, Row.F_TEMP_DIR) for name in ("still watermarked", "lightened"))
+    assert kept is not None and lighter is not None
+    assert kept[0, :3].tolist() == [0, 1, 1] and lighter[0, :3].tolist() == [1, 1, 0]
+    assert np.isnan(kept[0, 3]) and np.isnan(lighter[0, 3])
+
+
+def test_a_curve_begins_with_the_base_and_leaves_out_what_a_seed_lacks() -> None:
+    found = Comparison([0, 1], {"one": "one", "two": "two"})
+    for seed in found.seeds:
+        found.finals[Row.F_BASE, seed] = {"one": {"motion": 1.0}, "two": {"motion": 9.0}}
+        found.finals[Row.F_SPA_DIR, seed] = {"one": {"motion": 4.0}, "two": {"motion": 9.0}}
+        found.curves[Row.F_SPA_DIR, seed] = {2: {"one": {"motion": 2.0 + seed}}}
+        found.checkpoints[Row.F_SPA_DIR, seed] = Checkpoint(
+            kind="checkpoint", uri="x://x", prefix="x/00000004", fingerprint="x", content_digest="x", counts={}
+        )
+    found.curves[Row.F_SPA_DIR, 1][3] = {"one": {"motion": 7.0}}
+    assert found.curve("motion", Row.F_SPA_DIR) == {0: 1.0, 2: 2.5, 4: 4.0}
+    start = found.values("motion", Row.F_SPA_DIR, "start")
+    assert start is not None and start[:, 0].tolist() == [1, 1] and np.isnan(start[:, 1]).all()
 
 
 def test_seeds_from_nowhere_are_refused(tmp_path: Path) -> None:

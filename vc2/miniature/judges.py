@@ -14,7 +14,7 @@ templates of the same place and size, direction from a line through the places o
     speed       units a second along its path (clips only)
     jitter      root mean square distance of its places from a straight path, units (clips only)
     visible     share of frames in which a thing is found
-    palette     mean distance of the colours from those of an image-set picture with the same caption, grey levels
+    palette     mean distance of the levels from those of image-set pictures of what is seen, right or not
     watermark   estimated opacity of the known watermark
     sharpness   mean slope of the thing's edges, 1 / pixel
     noise       standard deviation, grey levels
@@ -70,7 +70,8 @@ def judge(frames: np.ndarray, truth: Truth, fps: float) -> dict[str, float]:
     nearest = min(BACKGROUNDS, key=lambda name: float(np.abs(clip.background - BACKGROUNDS[name]).sum()))
     scores["background"] = float(nearest == truth.background)
     scores["count"] = float(_count(clip) == len(truth.things))
-    scores["palette"] = _palette_distance(frames, truth)
+    shown = replace(truth, background=nearest, things=tuple(map(clip.as_seen, found, truth.things)))
+    scores["palette"] = _palette_distance(frames, shown)
     return scores | _judge_picture(clip, np.any(found, axis=0))
 
 
@@ -110,6 +111,14 @@ class _Clip:
         wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
         return chroma @ wanted.T / (np.linalg.norm(chroma, axis=-1, keepdims=True) + 1e-6)
 
+    def colour_of(self, masks: np.ndarray) -> str:
+        """The colour of what the masks show."""
+        return list(COLOURS)[int(self.hues(self.chroma[masks].mean(axis=0)).argmax())]
+
+    def as_seen(self, masks: np.ndarray, thing: ThingTruth) -> ThingTruth:
+        """A thing in the colour that is seen, if anything is."""
+        return replace(thing, colour=self.colour_of(masks)) if masks.any() else thing
+
     def _around_the_densest(self, masks: np.ndarray) -> np.ndarray:
         """Masks cut to a window around their densest place in each frame; empty where too little is there."""
         reach = int(0.4 * self.unit) + 1
@@ -136,8 +145,7 @@ def _judge_thing(clip: _Clip, masks: np.ndarray, thing: ThingTruth, fps: float) 
         scores |= {"direction": 0.0, "speed": 0.0} | ({"path": 0.0} if thing.motion else {})
     if not seen.any():
         return scores
-    votes = clip.hues(clip.chroma[masks].mean(axis=0))
-    scores["colour"] = float(list(COLOURS)[int(votes.argmax())] == thing.colour)
+    scores["colour"] = float(clip.colour_of(masks) == thing.colour)
     scores["shape"] = float(_shape(clip, masks) == thing.shape)
     if num_frames > 1 and seen.sum() >= max(2, num_frames // 2):
         moved, jitter = _displacement(masks, seen, clip.unit)

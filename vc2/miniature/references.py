@@ -10,10 +10,11 @@ each the mean of its figures' places between the means at the two ends, cut to [
 autoencoder first, so that a perfect network reaches them. Figures whose ends it makes alike (sharpness, noise), or that
 are alike anyway (flash), are in neither index; nor is what a caption claims.
 
+What this module draws and measures by is part of a comparison's name by `VERSION`.
 Shapes: T frames, H x W pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -25,11 +26,12 @@ from vc2.miniature.judges import judge
 from vc2.miniature.scene import Scene, Truth, draw_picture_scene, draw_video_scene
 from vc2.seeding import generator
 
-__all__ = ["MOTION", "QUALITY", "Separation", "Yardstick", "separation"]
+__all__ = ["MOTION", "QUALITY", "VERSION", "WATERMARKED", "Separation", "Yardstick", "separation"]
 
+VERSION = 2  # raised by hand when ends, indices or thresholds change
 QUALITY = ("watermark", "palette")
 MOTION = ("jitter", "flicker", "speed")
-WATERMARKED = 0.05  # opacity above which a watermark is there: no clean clip is judged to have more
+WATERMARKED = 0.05  # opacity above which a watermark is said to be there; how often rightly: `Yardstick.watermarked`
 SECONDS = 2.3
 Damage = Callable[[Scene, np.ndarray, np.random.Generator], np.ndarray]
 
@@ -46,7 +48,7 @@ class Separation:
 
 @cache
 def separation(width: int, height: int, num_frames: int, fps: float, *, clips: int = 24) -> tuple[Separation, ...]:
-    """Judge drawn clips beside damaged copies of themselves, figure by figure.
+    """Judge drawn clips, of all colours, backgrounds and textures, beside damaged copies of themselves.
 
     A figure that is right or wrong has to be right of the real clip and wrong of the other: the mean of both shares. Of
     a figure with a scale it is the share of pairs in the right order.
@@ -55,14 +57,14 @@ def separation(width: int, height: int, num_frames: int, fps: float, *, clips: i
     for index in range(clips):
         thing = words.ThingTruth(
             words.SHAPES[index % 3],
-            words.VIDEO_COLOURS[index // 3 % 4],
-            "plain",
+            list(words.COLOURS)[index // 2 % 6],
+            words.TEXTURES[index // 4 % 3],
             list(words.DIRECTIONS)[(index // 2) % 4],
         )
-        truth = Truth(words.VIDEO_BACKGROUNDS[(index + index // 4) % 4], (thing,))
+        truth = Truth(_next(_others(thing.colour), thing.colour, index), (thing,))
         drawn.append(_drawn(truth, width, height, num_frames, fps, generator(0, "separation", index)))
     found: list[Separation] = []
-    for figure, (words_of, change, _) in CAPTIONS.items():
+    for figure, (words_of, change) in CAPTIONS.items():
         right = [judge(clip, scene.truth, fps)[figure] for scene, clip in drawn]
         wrong = [1 - judge(clip, change(scene.truth), fps)[figure] for scene, clip in drawn]
         found.append(Separation(figure, words_of, float(np.mean(right + wrong)), clips))
@@ -85,8 +87,15 @@ def _drawn(
     return scene, scene.render_clip(width, height, start + np.arange(num_frames) / fps)
 
 
-def _next(known: Sequence[str], word: str) -> str:
-    return known[(list(known).index(word) + 1) % len(known)]
+def _next(known: Iterable[str], word: str, step: int = 1) -> str:
+    """The word `step` places after another in a list that begins again."""
+    listed = list(known)
+    return listed[((listed.index(word) if word in listed else 0) + step) % len(listed)]
+
+
+def _others(colour: str) -> list[str]:
+    """Backgrounds on which a thing of that colour is seen."""
+    return [name for name in words.BACKGROUNDS if name != colour]
 
 
 def _with_thing(truth: Truth, **changes: str) -> Truth:
@@ -94,32 +103,28 @@ def _with_thing(truth: Truth, **changes: str) -> Truth:
 
 
 def _beside_another(truth: Truth) -> Truth:
-    other = replace(truth.things[0], colour=_next(words.VIDEO_COLOURS, truth.things[0].colour))
+    other = replace(truth.things[0], colour=_next(words.COLOURS, truth.things[0].colour))
     return replace(truth, things=(*truth.things, other))
 
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
-CAPTIONS: Mapping[str, tuple[str, Callable[[Truth], Truth], bool]] = {
+CAPTIONS: Mapping[str, tuple[str, Callable[[Truth], Truth]]] = {
     "colour": (
         "caption with another colour",
-        lambda truth: _with_thing(truth, colour=_next(words.VIDEO_COLOURS, truth.things[0].colour)),
-        False,
+        lambda truth: _with_thing(truth, colour=_next(words.COLOURS, truth.things[0].colour)),
     ),
     "shape": (
         "caption with another shape",
         lambda truth: _with_thing(truth, shape=_next(words.SHAPES, truth.things[0].shape)),
-        False,
     ),
     "background": (
         "caption with another background",
-        lambda truth: replace(truth, background=_next(words.VIDEO_BACKGROUNDS, truth.background)),
-        False,
+        lambda truth: replace(truth, background=_next(words.BACKGROUNDS, truth.background)),
     ),
-    "count": ("caption with one thing more", _beside_another, False),
+    "count": ("caption with one thing more", _beside_another),
     "direction": (
         "caption with the opposite direction",
         lambda truth: _with_thing(truth, motion=OPPOSITE[truth.things[0].motion or "left"]),
-        False,
     ),
 }
 
@@ -189,6 +194,7 @@ class Yardstick:
     image_set: Mapping[str, float]
     unconnected: Mapping[str, float]
     real: Mapping[str, float]
+    watermarked: Mapping[str, float]  # of each of these the share of clips that are said to have a watermark
 
     @classmethod
     def made_for(
@@ -207,7 +213,7 @@ class Yardstick:
             num_frames, fps: Of a clip.
             through: What the autoencoder makes of a clip.
         """
-        ends: dict[str, list[Mapping[str, float]]] = {name: [] for name in cls.__dataclass_fields__}
+        ends: dict[str, list[Mapping[str, float]]] = {}
         width, height = size
         for index, truth in enumerate(truths):
             rng = generator(0, "yardstick", index)
@@ -218,8 +224,9 @@ class Yardstick:
             still = np.repeat(picture[None], num_frames, axis=0)
             made = {"video_set": stock, "image_set": still, "unconnected": others, "real": clean}
             for name, clip in made.items():
-                ends[name].append(judge(through(clip), truth, fps))
-        return cls(**{name: _means(rows) for name, rows in ends.items()})
+                ends.setdefault(name, []).append(judge(through(clip), truth, fps))
+        seen = {name: float(np.mean([row["watermark"] > WATERMARKED for row in rows])) for name, rows in ends.items()}
+        return cls(**{name: _means(rows) for name, rows in ends.items()}, watermarked=seen)
 
     def quality(self, figures: Mapping[str, float]) -> float:
         """Index of the look of a clip."""

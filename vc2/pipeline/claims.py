@@ -1,6 +1,6 @@
 """What VideoCrafter2 says of the rows of its Table 3, as contrasts that figures of clips can hold up or not.
 
-Every clip has a seed (of the training and all else) and a prompt. A contrast is a sum of figures of rows, taken clip by
+Every clip has a seed (of its model's training) and a prompt. A contrast is a sum of figures of rows, taken clip by
 clip at the same seed and prompt; its mean has an interval of 95 % by a bootstrap that draws seeds and prompts anew. A
 claim *holds* if all its contrasts lie, with their whole interval, on the side that it says; it *fails* if one of them
 lies with its whole interval on the other; else it is *undecided*.
@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 DRAWS = 4000
-End = Literal["start", "end"]  # of the tuning: the first of its checkpoints, or the last
+LIKE = 0.1  # of an index: a difference of less is "like", or "kept"
+End = Literal["start", "end"]  # of the tuning: its base judged by the prompts of the curve, or its last checkpoint
+# Figures are those of `vc2.pipeline.compare.Comparison.values`.
 Lookup = Callable[[str, Row, End], np.ndarray | None]  # figure, row, end -> (S, P), or None if the row was not run
 
 
@@ -95,32 +97,70 @@ class Finding:
     beside: Sequence[tuple[str, Interval | None]]
 
 
-def _end(row: Row) -> tuple[Row, End]:
-    return (row, "end")
-
-
-def _retained(first: Row, second: Row) -> dict[tuple[Row, End], float]:
-    """What tuning changes in the first row, less what it changes in the second; each against its own base."""
-    terms: dict[tuple[Row, End], float] = {}
-    for row, sign in ((first, 1.0), (first.base, -1.0), (second, -1.0), (second.base, 1.0)):
-        terms[_end(row)] = terms.get(_end(row), 0.0) + sign
-    return terms
+def _of(row: Row) -> dict[tuple[Row, End], float]:
+    return {(row, "end"): 1.0}
 
 
 def _less(first: Row, second: Row) -> dict[tuple[Row, End], float]:
-    return {_end(first): 1.0, _end(second): -1.0}
+    return {(first, "end"): 1.0, (second, "end"): -1.0}
 
 
-def _pair(first: Row, second: Row) -> Contrast:
+def _changes(first: Row, second: Row) -> dict[tuple[Row, End], float]:
+    """What tuning changes in the first row, less what it changes in the second; each against its own base."""
+    return {(first, "end"): 1.0, (first.base, "end"): -1.0, (second, "end"): -1.0, (second.base, "end"): 1.0}
+
+
+def _change(row: Row) -> dict[tuple[Row, End], float]:
+    return _less(row, row.base)
+
+
+def _over_steps(row: Row, sign: float = 1.0) -> dict[tuple[Row, End], float]:
+    return {(row, "end"): sign, (row, "start"): -sign}
+
+
+def _quality(first: Row, second: Row) -> Contrast:
+    return Contrast(f"quality, {first} less {second}", "quality", _less(first, second))
+
+
+def _like_quality(first: Row, second: Row) -> list[Contrast]:
+    return [
+        Contrast(f"quality, {first} less {second}, above -{LIKE}", "quality", _less(first, second), -LIKE),
+        Contrast(f"quality, {first} less {second}, below {LIKE}", "quality", _less(first, second), LIKE, above=False),
+    ]
+
+
+def _kept(row: Row) -> Contrast:
+    return Contrast(f"change of motion, {row}, above -{LIKE}", "motion", _change(row), -LIKE)
+
+
+def _still_there(row: Row, *, above: bool) -> Contrast:
+    says = f"{row}: of the clips with a watermark in {row.base}, those that have it still"
+    return Contrast(says, "still watermarked", _of(row), 0.5, above=above)
+
+
+def _lightened(bound: float, *, above: bool) -> Contrast:
+    says = (
+        f"F-Temp-DIR: of the same, those where it is gone or lighter by half, {'above' if above else 'below'} {bound}"
+    )
+    return Contrast(says, "lightened", _of(Row.F_TEMP_DIR), bound, above=above)
+
+
+def _pair(key: str, first: Row, second: Row, paper: str) -> Claim:
     says = f"clips in which {first} moves better than {second}"
-    return Contrast(says, "motion", _less(first, second), bound=0.5, how="wins")
+    contrast = Contrast(says, "motion", _less(first, second), bound=0.5, how="wins")
+    return Claim(key, f"Table 4: {first} moves better than {second}", [contrast], paper)
 
 
 CLAIMS = (
     Claim(
         "a",
-        "F keeps its motion under spatial tuning better than P",
-        [Contrast("change of motion, F-Spa-LoRA less P-Spa-LoRA", "motion", _retained(Row.F_SPA_LORA, Row.P_SPA_LORA))],
+        "F keeps its motion under spatial tuning, and better than P",
+        [
+            Contrast(
+                "change of motion, F-Spa-LoRA less P-Spa-LoRA", "motion", _changes(Row.F_SPA_LORA, Row.P_SPA_LORA)
+            ),
+            _kept(Row.F_SPA_LORA),
+        ],
         "people prefer the motion of F-Spa-LoRA in 87 % (Table 4)",
     ),
     Claim(
@@ -128,7 +168,7 @@ CLAIMS = (
         "P shifts its appearance more easily",
         [
             Contrast(
-                "change of quality, P-Spa-LoRA less F-Spa-LoRA", "quality", _retained(Row.P_SPA_LORA, Row.F_SPA_LORA)
+                "change of quality, P-Spa-LoRA less F-Spa-LoRA", "quality", _changes(Row.P_SPA_LORA, Row.F_SPA_LORA)
             )
         ],
         "technical score 42.7 to 72.7 for P, 51.8 to 59.6 for F",
@@ -136,54 +176,62 @@ CLAIMS = (
     Claim(
         "c",
         "direct tuning beats LoRA on quality",
-        [Contrast("quality, F-Spa-DIR less F-Spa-LoRA", "quality", _less(Row.F_SPA_DIR, Row.F_SPA_LORA))],
+        [_quality(Row.F_SPA_DIR, Row.F_SPA_LORA)],
         "82.6 / 70.4 against 78.0 / 59.6",
+        beside=[_quality(Row.F_TEMP_DIR, Row.F_TEMP_LORA), _quality(Row.F_SPA_TEMP_DIR, Row.F_SPA_TEMP_LORA)],
     ),
     Claim(
         "d",
         "Spa-DIR keeps motion better than Spa&Temp-DIR, at like quality",
-        [Contrast("motion, F-Spa-DIR less F-Spa&Temp-DIR", "motion", _less(Row.F_SPA_DIR, Row.F_SPA_TEMP_DIR))],
-        "people prefer the motion of F-Spa-DIR in 67 % (Table 4)",
-        beside=[
-            Contrast("quality, F-Spa-DIR less F-Spa&Temp-DIR", "quality", _less(Row.F_SPA_DIR, Row.F_SPA_TEMP_DIR))
+        [
+            Contrast("motion, F-Spa-DIR less F-Spa&Temp-DIR", "motion", _less(Row.F_SPA_DIR, Row.F_SPA_TEMP_DIR)),
+            *_like_quality(Row.F_SPA_DIR, Row.F_SPA_TEMP_DIR),
         ],
+        "people prefer the motion of F-Spa-DIR in 67 % (Table 4)",
     ),
     Claim(
         "e",
         "the watermark goes with F-Spa-LoRA, stays with F-Temp-LoRA and mostly with F-Spa&Temp-LoRA, and is gone or "
-        "lighter in half of F-Temp-DIR",
+        "lighter in about half of F-Temp-DIR",
         [
-            Contrast("F-Spa-LoRA: clips with a watermark", "watermarked", {_end(Row.F_SPA_LORA): 1}, 0.5, above=False),
-            Contrast("F-Temp-LoRA: clips with a watermark", "watermarked", {_end(Row.F_TEMP_LORA): 1}, 0.5),
-            Contrast("F-Spa&Temp-LoRA: clips with a watermark", "watermarked", {_end(Row.F_SPA_TEMP_LORA): 1}, 0.5),
-            Contrast("F-Temp-DIR: clips where it is lighter than in F-base by half or gone", "lightened",
-                     {_end(Row.F_TEMP_DIR): 1}, 0.5),
+            _still_there(Row.F_SPA_LORA, above=False),
+            _still_there(Row.F_TEMP_LORA, above=True),
+            _still_there(Row.F_SPA_TEMP_LORA, above=True),
+            _lightened(0.25, above=True),
+            _lightened(0.75, above=False),
         ],
         "Sec. 4.3, by eye",
+        beside=[Contrast("F-base: clips with a watermark", "watermarked", _of(Row.F_BASE), 0.5)],
     ),
     Claim(
         "f",
         "compositional images beat web-like ones on composition",
-        [Contrast("composition, F-Spa-DIR less F-Spa-DIR-LAION", "composition",
-                  _less(Row.F_SPA_DIR, Row.F_SPA_DIR_LAION))],
-        "Sec. 4.3, by eye; 82.6 / 70.4 against 67.8 / 54.3 on quality",
-        beside=[
-            Contrast("quality, F-Spa-DIR less F-Spa-DIR-LAION", "quality", _less(Row.F_SPA_DIR, Row.F_SPA_DIR_LAION))
+        [
+            Contrast(
+                "composition, F-Spa-DIR less F-Spa-DIR-LAION", "composition", _less(Row.F_SPA_DIR, Row.F_SPA_DIR_LAION)
+            )
         ],
+        "Sec. 4.3, by eye; 82.6 / 70.4 against 67.8 / 54.3 on quality",
+        beside=[_quality(Row.F_SPA_DIR, Row.F_SPA_DIR_LAION)],
     ),
     Claim(
         "g",
         "P-Temp-LoRA shakes while F-Temp-LoRA keeps its base's motion",
-        [Contrast("change of motion, F-Temp-LoRA less P-Temp-LoRA", "motion",
-                  _retained(Row.F_TEMP_LORA, Row.P_TEMP_LORA))],
+        [
+            Contrast(
+                "change of motion, F-Temp-LoRA less P-Temp-LoRA", "motion", _changes(Row.F_TEMP_LORA, Row.P_TEMP_LORA)
+            ),
+            Contrast("change of motion, P-Temp-LoRA", "motion", _change(Row.P_TEMP_LORA), above=False),
+            _kept(Row.F_TEMP_LORA),
+        ],
         "people prefer the motion of F-Temp-LoRA in 73 % (Table 4)",
     ),
     Claim(
         "h",
         "P-base has the video set's look although its spatial weights are frozen",
         [
-            Contrast("P-base: clips with a watermark", "watermarked", {_end(Row.P_BASE): 1}, 0.5),
-            Contrast("P-base: quality (0: the video set's look)", "quality", {_end(Row.P_BASE): 1}, 0.5, above=False),
+            Contrast("P-base: clips with a watermark", "watermarked", _of(Row.P_BASE), 0.5),
+            Contrast("P-base: quality (0: the video set's look)", "quality", _of(Row.P_BASE), 0.5, above=False),
         ],
         "34.3 / 42.7, the lowest of all rows",
     ),
@@ -192,19 +240,19 @@ CLAIMS = (
         "over the steps of spatial tuning the motion of P decays, that of F hardly",
         [
             Contrast(
-                "motion, last checkpoint less first, F-Spa-LoRA less P-Spa-LoRA", "motion",
-                {(Row.F_SPA_LORA, "end"): 1, (Row.F_SPA_LORA, "start"): -1,
-                 (Row.P_SPA_LORA, "end"): -1, (Row.P_SPA_LORA, "start"): 1},
+                "motion of the curve's prompts, last step less base, F-Spa-LoRA less P-Spa-LoRA",
+                "motion",
+                {**_over_steps(Row.F_SPA_LORA), **_over_steps(Row.P_SPA_LORA, -1.0)},
             ),
-            Contrast("P-Spa-LoRA: motion, last checkpoint less first", "motion",
-                     {(Row.P_SPA_LORA, "end"): 1, (Row.P_SPA_LORA, "start"): -1}, above=False),
+            Contrast("P-Spa-LoRA: last step less base", "motion", _over_steps(Row.P_SPA_LORA), above=False),
+            Contrast(f"F-Spa-LoRA: last step less base, above -{LIKE}", "motion", _over_steps(Row.F_SPA_LORA), -LIKE),
         ],
         "Sec. 4.3, by eye",
     ),
-    Claim("j1", "Table 4, pair 1: F-Spa-LoRA over P-Spa-LoRA", [_pair(Row.F_SPA_LORA, Row.P_SPA_LORA)], "87 %"),
-    Claim("j2", "Table 4, pair 2: F-Temp-LoRA over P-Temp-LoRA", [_pair(Row.F_TEMP_LORA, Row.P_TEMP_LORA)], "73 %"),
-    Claim("j3", "Table 4, pair 3: F-Spa-DIR over F-Spa&Temp-DIR", [_pair(Row.F_SPA_DIR, Row.F_SPA_TEMP_DIR)], "67 %"),
-)  # fmt: skip
+    _pair("j1", Row.F_SPA_LORA, Row.P_SPA_LORA, "87 %"),
+    _pair("j2", Row.F_TEMP_LORA, Row.P_TEMP_LORA, "73 %"),
+    _pair("j3", Row.F_SPA_DIR, Row.F_SPA_TEMP_DIR, "67 %"),
+)
 
 
 def interval(values: np.ndarray) -> Interval:
@@ -264,9 +312,8 @@ def _measured(contrast: Contrast, lookup: Lookup) -> Interval | None:
 def _side(measured: Interval, contrast: Contrast) -> int:
     """1 with the whole interval where the claim wants it, -1 on the other side, 0 across the bound."""
     sign = 1 if contrast.above else -1
-    if min(sign * (measured.low - contrast.bound), sign * (measured.high - contrast.bound)) > 0:
-        return 1
-    return -1 if max(sign * (measured.low - contrast.bound), sign * (measured.high - contrast.bound)) < 0 else 0
+    low, high = sorted((sign * (measured.low - contrast.bound), sign * (measured.high - contrast.bound)))
+    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 @cache

@@ -3,10 +3,12 @@
     member = a row with a seed = a recipe with settings laid over it
     members --drive--> checkpoints --sample--> videos --judge--> figures --claims--> table, verdicts, page
 
+A member's *seed* is that of its training; videos start from the same noise in all.
+
 A member's stages are those of the DAG, under the same names and fingerprints: what members share (shards, the base of a
 seed) is made once, and what is in the store already is taken, so that a comparison that was broken off goes on. Of a
-tuning the states that its stage keeps on the way (`keep_every_steps`) are made checkpoints too, and judged by fewer
-prompts: its curve.
+tuning the states that its stage keeps on the way (`keep_every_steps`) are made checkpoints too, and judged by the first
+twelve prompts: its curve, which begins with its base.
 
     reports/<fingerprint>/compare.html     the page: table, verdicts, videos, curves
     reports/<fingerprint>/table.json       all of it as data
@@ -32,19 +34,22 @@ from vc2.artifacts import (
     Report,
     SampleSet,
     Scorecard,
+    checkpoint_prefix,
     commit,
     find,
     fingerprint,
     put_file,
 )
-from vc2.config import Config
-from vc2.errors import ConfigError, StoreError
+from vc2.config import Config, digest
+from vc2.errors import ConfigError
 from vc2.eval.config import Prompt
 from vc2.eval.ranks import run_here
 from vc2.eval.scorecard import sampled_videos
-from vc2.miniature.references import WATERMARKED, Separation, Yardstick, separation
+from vc2.miniature.judges import RIGHTS
+from vc2.miniature.references import MOTION, QUALITY, WATERMARKED, Separation, Yardstick, separation
+from vc2.miniature.references import VERSION as REFERENCES_VERSION
 from vc2.miniature.scene import Truth
-from vc2.pipeline.claims import End, Finding, Interval, Lookup, interval, judged, paper_rows, rank_correlation
+from vc2.pipeline.claims import CLAIMS, End, Finding, Interval, Lookup, interval, judged, paper_rows, rank_correlation
 from vc2.pipeline.driver import PlannedStage, asked_of, drive, plan
 from vc2.pipeline.gather import judged_figures
 from vc2.pipeline.recipes import PipelineConfig, resolve
@@ -71,8 +76,9 @@ __all__ = [
 STAGE = "compare"
 STAGE_VERSION = 1
 PAGE = "compare.html"
-CURVE_PROMPTS = 12  # by which the checkpoints on the way are judged
+CURVE_PROMPTS = 12  # the first ones, by which the checkpoints on the way are judged
 SUREST = 0.9  # a judge that tells less than this share of real clips from damaged ones is not believed
+OWN = ("seed", "strategy")  # settings of a training stage that make a member what it is
 FIGURES = {  # of the table: what it is, and whether more is better (None: neither)
     "quality": ("0 looks like the video set, 1 like the image set", True),
     "watermarked": ("share of clips with a watermark", False),
@@ -86,8 +92,8 @@ FIGURES = {  # of the table: what it is, and whether more is better (None: neith
     "jitter": ("distance from a straight path, units", False),
     "flicker": ("change of the background's level, grey levels", False),
     "flash": ("change of the thing's level, grey levels", False),
+    "visible": ("share of frames with a thing; jitter and flash are those of clips that show one", True),
 }
-RIGHTS = ("colour", "shape", "background", "count", "direction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +121,6 @@ class Comparison:
 
     seeds: Sequence[int]
     prompts: Mapping[str, str]  # by id
-    yardstick: Yardstick
-    separation: Sequence[Separation]
     finals: dict[tuple[Row, int], Figures] = field(default_factory=dict)
     curves: dict[tuple[Row, int], dict[int, Figures]] = field(default_factory=dict)  # by step
     samples: dict[tuple[Row, int], SampleSet] = field(default_factory=dict)
@@ -129,33 +133,26 @@ class Comparison:
         return [row for row in Row if any(row is found for found, _ in self.finals)]
 
     def values(self, figure: str, row: Row, end: End = "end") -> np.ndarray | None:
-        """A figure clip by clip, (S, P); None if the row was not run, or has no checkpoint on the way."""
+        """A figure clip by clip, (S, P), NaN where there is none; None if the row was not run.
+
+        At the start of a tuning it is its base's, of the prompts that the curve has; of the watermark's fate (`still
+        watermarked`, `lightened`) there is one where the base has a watermark.
+        """
         found = np.full((len(self.seeds), len(self.prompts)), np.nan)
         there = False
         for number, seed in enumerate(self.seeds):
-            clips = self._clips(row, seed, end)
-            if clips is None:
-                continue
-            there = True
+            if end == "start":
+                on_the_way = self.curves.get((row, seed))
+                asked = set(next(iter(on_the_way.values()))) if on_the_way else set()
+                clips = {name: of for name, of in self.finals.get((row.base, seed), {}).items() if name in asked}
+            else:
+                clips = self.finals.get((row, seed), {})
+            there = there or bool(clips)
+            before = self.finals.get((row.base, seed), {})
             for place, prompt in enumerate(self.prompts):
-                found[number, place] = self._value(figure, row, seed, prompt, clips)
+                if prompt in clips:
+                    found[number, place] = _figure(figure, clips[prompt], before.get(prompt, {}))
         return found if there else None
-
-    def _clips(self, row: Row, seed: int, end: End) -> Figures | None:
-        if end == "end":
-            return self.finals.get((row, seed))
-        curve = self.curves.get((row, seed), {})
-        return curve[min(curve)] if curve else None
-
-    def _value(self, figure: str, row: Row, seed: int, prompt: str, clips: Figures) -> float:
-        found = clips.get(prompt)
-        if found is None:
-            return float("nan")
-        if figure == "lightened":
-            before = self.finals.get((row.base, seed), {}).get(prompt, {}).get("watermark")
-            now = found["watermark"]
-            return float("nan") if before is None else float(now < max(0.5 * before, WATERMARKED))
-        return found.get(figure, float("nan"))
 
     def table(self) -> dict[Row, dict[str, Interval]]:
         """The figures of each row with their intervals."""
@@ -169,23 +166,33 @@ class Comparison:
             }
         return found
 
-    def curve(self, figure: str, row: Row) -> dict[int, float]:
-        """A figure over the steps of tuning: mean over seeds, of the prompts that all checkpoints were judged by."""
-        steps: dict[int, list[float]] = {}
-        for seed in self.seeds:
-            curve = self.curves.get((row, seed), {})
-            if not curve:
-                continue
-            asked = set(curve[min(curve)])
-            whole = curve | {self.checkpoints[row, seed].step: self.finals[row, seed]}
-            for step, clips in whole.items():
-                steps.setdefault(step, []).append(float(np.nanmean([clips[p].get(figure, np.nan) for p in asked])))
-        return {step: float(np.mean(found)) for step, found in sorted(steps.items())}
+    def curve(self, figure: str, row: Row) -> dict[int, float | None]:
+        """A figure over the steps of tuning: of the prompts that all checkpoints were judged by, the mean over seeds.
+        Step 0 is the base; steps that a seed lacks are left out."""
+        by_step: dict[int, list[float]] = {}
+        seeds = [seed for seed in self.seeds if self.curves.get((row, seed))]
+        for seed in seeds:
+            curve = self.curves[row, seed]
+            ends = {0: self.finals[row.base, seed], self.checkpoints[row, seed].step: self.finals[row, seed]}
+            for step, clips in (curve | ends).items():
+                known = [clips[name][figure] for name in next(iter(curve.values())) if figure in clips[name]]
+                by_step.setdefault(step, []).extend([float(np.mean(known))] if known else [])
+        return {step: float(np.mean(of)) for step, of in sorted(by_step.items()) if len(of) == len(seeds)}
 
     def findings(self) -> list[Finding]:
         """The paper's claims with their verdicts."""
         lookup: Lookup = self.values
         return judged(lookup)
+
+
+def _figure(name: str, clip: Mapping[str, float], before: Mapping[str, float]) -> float:
+    if name not in ("still watermarked", "lightened"):
+        return clip.get(name, float("nan"))
+    opacity = before.get("watermark", 0.0)
+    if opacity <= WATERMARKED:
+        return float("nan")
+    limit = WATERMARKED if name == "still watermarked" else max(0.5 * opacity, WATERMARKED)
+    return float((clip["watermark"] > limit) is (name == "still watermarked"))
 
 
 def chosen_rows(names: Sequence[str]) -> tuple[Row, ...]:
@@ -215,7 +222,19 @@ def members(
     plain = resolve(recipe, asked, work=work, bind=False)
     if plain.world is None:
         raise ConfigError(
-            f"recipe {recipe} has no small world whose truth is known, and the judges need one; take study or miniature"
+            f"recipe {recipe} has no small world whose truth is known, and the judges need one; take study, study_gpu "
+            "or miniature"
+        )
+    for stage in ("full", "spatial"):
+        if taken := [name for name in OWN if name in (asked.get(stage) or {})]:
+            raise ConfigError(f"{stage}.{taken[0]} is what the rows and seeds differ in; choose them, and leave it out")
+    if strange := [
+        prompt.id
+        for prompt in resolve(recipe, asked, work=work).evaluation.all_prompts()
+        if "truth" not in prompt.attributes
+    ]:
+        raise ConfigError(
+            f"prompt {strange[0]} has no attribute `truth`, which the judges need; take the world's own prompts"
         )
     found = []
     for seed in seeds:
@@ -270,9 +289,11 @@ def compare(
     """
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    prompts = asked[0].config.evaluation.all_prompts()
-    found = _begun(asked, work)
-    cards: dict[str, Artifact] = {}
+    config = asked[0].config
+    prompts = config.evaluation.all_prompts()
+    apart = _tried_out(config) if to_do(asked, store) else None
+    found = Comparison(list(dict.fromkeys(member.seed for member in asked)), {one.id: one.text for one in prompts})
+    cards: dict[tuple[Row, int, int | None], Scorecard] = {}  # step: of a checkpoint on the way
     for number, member in enumerate(asked):
         progress("compare", number, len(asked))
         made = drive(
@@ -281,20 +302,30 @@ def compare(
         assert isinstance(made, Checkpoint)
         key = member.row, member.seed
         found.checkpoints[key] = made
-        samples, card = _measured(member.config, store, work, made, None, progress)
-        found.samples[key], cards[f"{member.row} {member.seed}"] = samples, card
-        found.finals[key] = _with_indices(found, member, judged_figures(store, card))
+        found.samples[key], cards[*key, None] = _measured(member.config, store, work, made, None, progress)
         for checkpoint in _on_the_way(member, made, store, work, found.notes):
-            _, card = _measured(member.config, store, work, checkpoint, CURVE_PROMPTS, progress)
-            cards[f"{member.row} {member.seed} {checkpoint.step}"] = card
-            figures = _with_indices(found, member, judged_figures(store, card))
-            found.curves.setdefault(key, {})[checkpoint.step] = figures
+            _, cards[*key, checkpoint.step] = _measured(member.config, store, work, checkpoint, CURVE_PROMPTS, progress)
     progress("compare", len(asked), len(asked))
-    name = fingerprint(STAGE, STAGE_VERSION, {}, {role: card.fingerprint for role, card in cards.items()})
+    judged_by = {
+        "seeds": list(found.seeds),
+        "judged by": [REFERENCES_VERSION, digest(repr(CLAIMS)), SUREST, list(FIGURES)],
+    }
+    inputs: dict[str, Artifact] = {
+        f"{row} seed {seed}" + (f" step {step}" if step else ""): card for (row, seed, step), card in cards.items()
+    }
+    names = {role: card.fingerprint for role, card in inputs.items()}
+    name = fingerprint(STAGE, STAGE_VERSION, judged_by, names)
     prefix = f"reports/{name}"
     if done := find(store, prefix, Report):
         return done
-    data = _as_data(found, asked)
+    yardstick = _yardstick(config, prompts)
+    for (row, seed, step), card in cards.items():
+        figures = _with_indices(judged_figures(store, card), prompts, yardstick)
+        if step is None:
+            found.finals[row, seed] = figures
+        else:
+            found.curves.setdefault((row, seed), {})[step] = figures
+    data = _as_data(found, asked, yardstick, apart or _tried_out(config))
     texts = _texts(store, found, data, prompts)
     texts["before_after.png"] = _before_after(store, found, _shown(prompts)[:1] + _shown(prompts)[2:4])
     manifest = Manifest(
@@ -302,8 +333,8 @@ def compare(
         stage=STAGE,
         stage_version=STAGE_VERSION,
         fingerprint=name,
-        config={"rows": [row.value for row in found.rows], "seeds": list(found.seeds)},
-        inputs=cards,
+        config={"rows": [row.value for row in found.rows], **judged_by},
+        inputs=inputs,
         files=tuple(put_file(store, prefix, file, content) for file, content in texts.items()),
         counts={"members": len(asked), "videos": sum(map(len, found.finals.values()))},
         facts={"verdicts": {claim["key"]: claim["verdict"] for claim in data["claims"]}},
@@ -314,26 +345,37 @@ def compare(
     return report
 
 
-def _begun(asked: Sequence[Member], work: Path) -> Comparison:
-    """The judges, tried out, and the ends of the indices."""
-    evaluation = asked[0].config.evaluation
-    prompts = evaluation.all_prompts()
-    size, fps = (evaluation.width, evaluation.height), float(evaluation.play_fps)
-    apart = separation(*size, evaluation.frames, fps)
-    if unsure := [one for one in apart if one.accuracy < SUREST]:
+def _tried_out(config: PipelineConfig) -> tuple[Separation, ...]:
+    """The judges, tried out on drawn clips of the size of the samples.
+
+    Raises:
+        ConfigError: If one that decides something does not tell real clips from damaged ones.
+    """
+    wanted = config.evaluation
+    apart = separation(wanted.width, wanted.height, wanted.frames, float(wanted.play_fps))
+    decisive = (*RIGHTS, *QUALITY, *MOTION)
+    if unsure := [one for one in apart if one.accuracy < SUREST and one.figure in decisive]:
         one = unsure[0]
         raise ConfigError(
-            f"the judge of {one.figure} tells {one.accuracy:.0%} of real clips from damaged ones ({one.damage}) at "
-            f"{size[0]} x {size[1]} pixels, expected {SUREST:.0%}; compare at the recipe's own size"
+            f"the judge of {one.figure} tells {one.accuracy:.0%} of real clips from damaged ones ({one.damage}) in "
+            f"{wanted.frames} frames of {wanted.width} x {wanted.height} pixels, expected {SUREST:.0%}; compare at the "
+            "recipe's own size"
         )
-    truths = [Truth.from_json(prompt.attributes["truth"]) for prompt in prompts]
-    moving = [truth for truth in truths if len(truth.things) == 1 and truth.things[0].motion]
-    if not moving:
+    return apart
+
+
+def _yardstick(config: PipelineConfig, prompts: Sequence[Prompt]) -> Yardstick:
+    """The ends of the indices, for the prompts of single moving things."""
+    wanted = config.evaluation
+    truths = [truth for prompt in prompts if _is_moving(truth := Truth.from_json(prompt.attributes["truth"]))]
+    if not truths:
         raise ConfigError("no prompt names a single thing that moves; the index of motion needs some")
-    through = _autoencoder(asked[0].config)
-    yardstick = Yardstick.made_for(moving, size, evaluation.frames, fps, through)
-    seeds = list(dict.fromkeys(member.seed for member in asked))
-    return Comparison(seeds, {prompt.id: prompt.text for prompt in prompts}, yardstick, apart)
+    size = wanted.width, wanted.height
+    return Yardstick.made_for(truths, size, wanted.frames, float(wanted.play_fps), _autoencoder(config))
+
+
+def _is_moving(truth: Truth) -> bool:
+    return len(truth.things) == 1 and truth.things[0].motion is not None
 
 
 def _autoencoder(config: PipelineConfig) -> Callable[[np.ndarray], np.ndarray]:
@@ -342,6 +384,7 @@ def _autoencoder(config: PipelineConfig) -> Callable[[np.ndarray], np.ndarray]:
 
     from vc2.model.autoencoder import Autoencoder
 
+    torch.set_num_threads(1)  # as ranks do it: the same bits
     model = Autoencoder.from_safetensors(Path(config.full.model.autoencoder_path))
 
     def through(clip: np.ndarray) -> np.ndarray:
@@ -358,7 +401,9 @@ def _measured(
     config: PipelineConfig, store: Store, work: Path, checkpoint: Checkpoint, count: int | None, progress: Progress
 ) -> tuple[SampleSet, Scorecard]:
     """Videos of a checkpoint for the first `count` prompts (None: all), and what the judges say of them."""
-    wanted = config.evaluation if count is None else config.evaluation.evolve(num_prompts=count)
+    wanted = config.evaluation
+    if count is not None:
+        wanted = wanted.evolve(num_prompts=min(count, len(wanted.all_prompts())))
     launch = run_here if wanted.launcher == "local" and wanted.world_size == 1 else None
     samples = sampled(wanted.sampling(), store, work, checkpoint, 0, progress, launch)
     return samples, scored(wanted, config, store, work, {"checkpoint": samples}, {}, 0, progress)
@@ -370,34 +415,37 @@ def _on_the_way(member: Member, final: Checkpoint, store: Store, work: Path, not
     if member.row.is_base or not every:
         return []
     run, found = Run(store, member.config.spatial.name, final.fingerprint), []
+    states = {state.step for state in run.states()}
     for step in range(every, final.step, every):
-        try:
+        if step in states or find(store, checkpoint_prefix(run.stage, run.fingerprint, step), Checkpoint):
             found.append(export_step(run, work, step))
-        except StoreError as error:
-            notes.append(f"{member.row}, seed {member.seed}: no checkpoint of step {step} ({error})")
+        else:
+            notes.append(f"{member.row}, seed {member.seed}: no state of step {step} was kept, and its curve lacks it")
     return found
 
 
-def _with_indices(found: Comparison, member: Member, clips: Figures) -> dict[str, dict[str, float]]:
+def _with_indices(clips: Figures, prompts: Sequence[Prompt], yardstick: Yardstick) -> dict[str, dict[str, float]]:
     """Figures of the judges with those that are made of them."""
-    kinds = {prompt.id: prompt.attributes.get("kind") for prompt in member.config.evaluation.all_prompts()}
+    by_id = {prompt.id: prompt for prompt in prompts}
     whole = {}
-    for prompt, figures in clips.items():
-        text = float(np.mean([figures[name] for name in RIGHTS if name in figures]))
+    for name, figures in clips.items():
+        text = float(np.mean([figures[right] for right in RIGHTS if right in figures]))
         more = {
-            "quality": found.yardstick.quality(figures),
+            "quality": yardstick.quality(figures),
             "text": text,
             "watermarked": float(figures["watermark"] > WATERMARKED),
         }
-        if kinds[prompt] != "pair":
-            more["motion"] = found.yardstick.motion(figures)
-        if kinds[prompt] != "seen":
+        if _is_moving(Truth.from_json(by_id[name].attributes["truth"])):
+            more["motion"] = yardstick.motion(figures)
+        if not by_id[name].attributes.get("seen", True):
             more["composition"] = text
-        whole[prompt] = {**figures, **more}
+        whole[name] = {**figures, **more}
     return whole
 
 
-def _as_data(found: Comparison, asked: Sequence[Member]) -> dict[str, Any]:
+def _as_data(
+    found: Comparison, asked: Sequence[Member], yardstick: Yardstick, apart: Sequence[Separation]
+) -> dict[str, Any]:
     table = found.table()
     quality = {row: figures["quality"].mean for row, figures in table.items()}
     first = asked[0].config
@@ -417,8 +465,8 @@ def _as_data(found: Comparison, asked: Sequence[Member]) -> dict[str, Any]:
         "prompts": dict(found.prompts),
         "claims": [asdict(finding) for finding in found.findings()],
         "rank_correlation_of_quality": rank_correlation(quality),
-        "separation": [asdict(one) for one in found.separation],
-        "yardstick": asdict(found.yardstick),
+        "separation": [asdict(one) for one in apart],
+        "yardstick": asdict(yardstick),
         "curves": {
             row.value: {figure: found.curve(figure, row) for figure in ("motion", "quality", "flicker", "jitter")}
             for row in found.rows
@@ -451,7 +499,7 @@ def _texts(store: Store, found: Comparison, data: Mapping[str, Any], prompts: Se
     shown = {name: found.prompts[name] for name in names}
     return {
         PAGE: render_page(data, FIGURES, videos, shown).encode(),
-        "table.json": (json.dumps(data, indent=1) + "\n").encode(),
+        "table.json": (json.dumps(data, indent=1, allow_nan=False) + "\n").encode(),
         "table.md": render_markdown(data, FIGURES).encode(),
     }
 

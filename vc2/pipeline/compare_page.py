@@ -38,18 +38,37 @@ def render_page(
             "table",
             "The rows",
             "Mean over clips, and the interval of 95 % by a bootstrap over seeds and prompts. DOVER's scores are the "
-            "paper's own.",
+            f"paper's own. {_one_seed(data)}",
             _table(data, figures),
             _correlation(data),
         ),
-        section("claims", "The paper's claims", "A claim holds if the whole interval is on its side.", _claims(data)),
-        section("videos", "Videos", f"Seed {data['seeds'][0]}; the same noise for all rows.", _videos(videos, shown)),
-        section("curves", "Over the steps of tuning", "Means over seeds, by the first prompts.", _curves(data)),
+        section(
+            "claims",
+            "The paper's claims",
+            f"A claim holds if all intervals are on its side. {_one_seed(data)}",
+            _claims(data),
+        ),
+        section(
+            "videos", "Videos", f"Seed {data['seeds'][0]}; all rows start from the same noise.", _videos(videos, shown)
+        ),
+        section(
+            "curves",
+            "Over the steps of tuning",
+            "Means over seeds, by the first prompts. Step 0 is the base.",
+            _curves(data),
+        ),
         section("judges", "The judges", "Tried out on drawn clips before they judged.", _judges(data)),
         *(element("p", escape(note), class_="muted small") for note in data["notes"]),
     )
     bar = element("header", element("div", element("nav", *links, aria_label="Parts of the page")))
     return page(title, bar + element("main", *body))
+
+
+def _one_seed(data: Mapping[str, Any]) -> str:
+    return ONE_SEED if len(data["seeds"]) == 1 else ""
+
+
+ONE_SEED = "One seed was trained, so intervals and verdicts are of this training and say nothing of another."
 
 
 def _table(data: Mapping[str, Any], figures: Figures) -> str:
@@ -150,11 +169,17 @@ def _judges(data: Mapping[str, Any]) -> str:
         for one in data["separation"]
     ]  # fmt: skip
     ends = data["yardstick"]
-    names = list(next(iter(ends.values())))
+    seen = ends["watermarked"]
+    names = list(ends["video_set"])
     lines = [
-        element("tr", row_head(end.replace("_", " ")), *(element("td", number(found[n]), class_="num") for n in names))
-        for end, found in ends.items()
+        element(
+            "tr",
+            row_head(end.replace("_", " ")),
+            *(element("td", number(value), class_="num") for value in (*(ends[end][n] for n in names), seen[end])),
+        )
+        for end in seen
     ]
+    names.append("said to have a watermark")
     yardstick = table("Ends of the indices", [column("end", is_number=False), *map(column, names)], lines)
     return table("Judges", head, rows) + element("h3", "Ends of the indices, through the autoencoder") + yardstick
 
@@ -169,6 +194,7 @@ def render_markdown(data: Mapping[str, Any], figures: Figures) -> str:
     if found := data["rank_correlation_of_quality"]:
         words = ", ".join(f"{value:.2f} ({name})" for name, value in found.items())
         lines += ["", f"Rank correlation of quality with the paper's two scores: {words}."]
+    lines += ["", ONE_SEED] if len(data["seeds"]) == 1 else []
     lines += ["", _line("claim", "verdict", "measured", "in the paper"), _line("---", "---", "---", "---")]
     for claim in data["claims"]:
         measured: Sequence[str] = [_said(says, found) for says, found in (*claim["contrasts"], *claim["beside"])]

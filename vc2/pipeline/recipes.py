@@ -243,14 +243,14 @@ def study_gpu(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pi
 
     Not run yet for want of a GPU: a step of each stage was, on a CPU.
     """
-    config = study(work, world)
+    config, image_base = study(work, world), work / "study_gpu.safetensors"
     unet = large_unet_config()
     form = config.webvid.form.evolve(num_frames=16, max_stride=3)
     full = config.full.evolve(
         model=config.full.model.evolve(unet=unet),
         sd_init="study-image-base",
-        sd_sha256="",
-        sd_path=str(work / "study_gpu.safetensors"),
+        sd_sha256=file_digest(image_base).sha256 if image_base.is_file() else "",
+        sd_path=str(image_base),
         batch_size=32,
         num_steps=12_000,
         optimizer=config.full.optimizer.evolve(lr=2e-4, warmup_steps=500),
