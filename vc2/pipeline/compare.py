@@ -58,7 +58,6 @@ from vc2.pipeline.table3 import Row, last_stage, named_row, row_settings
 from vc2.progress import Progress, silent
 from vc2.storage import Store, join_uri
 from vc2.train.attempts import Run
-from vc2.train.export import export_step
 
 __all__ = [
     "PAGE",
@@ -417,7 +416,11 @@ def _on_the_way(member: Member, final: Checkpoint, store: Store, work: Path, not
     run, found = Run(store, member.config.spatial.name, final.fingerprint), []
     states = {state.step for state in run.states()}
     for step in range(every, final.step, every):
-        if step in states or find(store, checkpoint_prefix(run.stage, run.fingerprint, step), Checkpoint):
+        if done := find(store, checkpoint_prefix(run.stage, run.fingerprint, step), Checkpoint):
+            found.append(done)
+        elif step in states:
+            from vc2.train.export import export_step  # slow to import
+
             found.append(export_step(run, work, step))
         else:
             notes.append(f"{member.row}, seed {member.seed}: no state of step {step} was kept, and its curve lacks it")

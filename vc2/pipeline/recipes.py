@@ -5,6 +5,7 @@ A recipe changes numbers, never code: the miniature on a laptop and the paper's 
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -218,15 +219,13 @@ def study(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pipeli
     20 minutes of one core, a tuning 3, the samples of a row 1. The networks are those of `miniature`. What came out:
     docs/study.md.
     """
-    from vc2.miniature.world import composed_prompts
-
     config = miniature(work, world)
     full = config.full.evolve(batch_size=16, num_steps=2000, world_size=1, zero_stage=0, state_every_seconds=60)
     return config.evolve(
         full=full,
         spatial=config.spatial.evolve(num_steps=240, keep_every_steps=40, world_size=1, zero_stage=0),
         evaluation=config.evaluation.evolve(
-            prompts=_as_prompts(composed_prompts(world)),
+            prompts=_composed_prompts(world),  # pyright: ignore[reportArgumentType] (frozen, so it has a hash)
             benchmark="none",
             group_size=12,
             world_size=1,
@@ -379,6 +378,13 @@ def _with_world_prompts(evaluation: EvaluateStage, world: WorldConfig) -> Evalua
     from vc2.miniature.world import prompt_rows
 
     return evaluation.evolve(prompts=_as_prompts(prompt_rows(world)[: evaluation.num_prompts]))
+
+
+@cache
+def _composed_prompts(world: WorldConfig) -> tuple[Prompt, ...]:
+    from vc2.miniature.world import composed_prompts
+
+    return _as_prompts(composed_prompts(world))
 
 
 def _as_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[Prompt, ...]:
