@@ -215,8 +215,8 @@ def study(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pipeli
     """The rows of Table 3 in a small world, for `vc2 compare`: one rank and one thread each, another world than the
     miniature's, prompts that ask for more than videos show.
 
-    Four times the clips that `miniature` sees, then 3,840 pictures, with six checkpoints on the way. A base takes about
-    20 minutes of one core, a tuning 3, the samples of a row 1. The networks are those of `miniature`. What came out:
+    32,000 clips (`miniature`: 8,800), then 3,840 pictures, with six checkpoints on the way. A base takes about 20
+    minutes of one core, a tuning with its samples 1 to 2. The networks are those of `miniature`. What came out:
     docs/study.md.
     """
     config = miniature(work, world)
