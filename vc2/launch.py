@@ -29,12 +29,13 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from vc2.children import exit_code, wait_for
 from vc2.errors import LaunchFailed, Preempted, Vc2Error
 from vc2.failures import RankError, advice, deciding, hung, killed_by, rank_error
 from vc2.progress import Progress, silent
@@ -269,7 +270,7 @@ class LocalJob(Job):
         return str(self._log)
 
     def poll(self, progress: Progress = silent) -> int | None:
-        code = self.process.poll()
+        code = exit_code(self.process)
         with open(self._log, "rb") as file:
             file.seek(self._read)
             data = file.read()
@@ -280,13 +281,14 @@ class LocalJob(Job):
 
     def cancel(self) -> None:
         try:
-            if self.process.poll() is None:
+            if exit_code(self.process) is None:
+                words = "%s: asked to stop; the ranks have %.0f s to leave; asked again, they end now"
+                log.warning(words, self.name, self.grace)
                 _signal_group(self.process.pid, signal.SIGTERM)
-                with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(self.grace)
+                wait_for(self.process, self.grace)
         finally:
             _signal_group(self.process.pid, signal.SIGKILL)  # ranks that torchrun could not end die with it
-            self.process.wait()
+            wait_for(self.process)
 
     def tail(self, lines: int = 15) -> str:
         return last_lines(self._log.read_text(errors="replace"), lines)
@@ -362,7 +364,6 @@ def watch(job: Job, progress: Progress = silent, interval: float = 0.2) -> None:
             job.cancel()
         raise
     except BaseException as stop:  # Ctrl-C, SIGTERM, a flow that is cancelled
-        log.warning("%s: asked to stop; the ranks have %.0f s to leave; asked again, they end now", job.name, job.grace)
         job.cancel()
         job.poll(progress)
         cause = deciding(job.errors)

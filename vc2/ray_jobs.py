@@ -123,7 +123,9 @@ class RayJob(Job):
                 if status is None or status.is_terminal():
                     return
                 why = f"it is still {status.value}"
-                is_asked = is_asked or self._client.stop_job(self.job_id)
+                if not is_asked:
+                    log.warning("%s: asked to stop; the ranks have %.0f s to leave", self.job_id, self.grace)
+                    is_asked = self._client.stop_job(self.job_id)
             except NO_ANSWER as error:
                 why = f"the job server says {first_line(error)}"
             time.sleep(0.2)

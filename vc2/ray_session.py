@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 from vc2 import errors
+from vc2.children import exit_code, wait_for
 from vc2.errors import LaunchFailed, Vc2Error, first_line
 from vc2.launch import PARENT, cpu_count
 
@@ -94,7 +95,7 @@ class HeldSession:
 
     def is_alive(self) -> bool:
         """Whether it can be used: its holder is there, and the head of Ray answers."""
-        if self._holder is None or self._holder.poll() is not None or not self.environment:
+        if self._holder is None or exit_code(self._holder) is not None or not self.environment:
             return False
         host, _, port = self.address.rpartition(":")
         try:
@@ -144,11 +145,9 @@ class HeldSession:
         assert holder.stdin is not None and holder.stdout is not None
         with suppress(OSError):
             holder.stdin.close()  # what it ends by, like the end of this process
-        try:
-            holder.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        if wait_for(holder, PATIENCE) is None:
             holder.kill()
-            holder.wait()
+            wait_for(holder)
         holder.stdout.close()
         if self._words is not None:
             self._words.close()
@@ -195,8 +194,7 @@ class HeldSession:
 
     def _lost(self, why: str = "") -> NoReturn:
         assert self._holder is not None
-        with suppress(subprocess.TimeoutExpired):
-            code = self._holder.wait(5)
+        if (code := wait_for(self._holder, 5)) is not None:
             why = why or (f"ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}")
         raise LaunchFailed(
             f"Ray is lost: {why or 'its process does not answer'}; what is finished stays, the same command does the "

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 import numpy as np
 
+from vc2.children import exit_code, wait_for
 from vc2.data import media as work
 from vc2.data.media import ClipJob, Encoded, Facts, Media, MediaError, sniff
 from vc2.data.rejects import RejectReason
@@ -142,7 +143,7 @@ class Decoder:
         if (child := self._child) is not None:
             self._child = None
             child.kill()
-            child.wait()
+            wait_for(child)
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:
                     try:
@@ -191,7 +192,7 @@ class Decoder:
             raise EOFError from None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is not None and self._child.poll() is not None:
+        if self._child is not None and exit_code(self._child) is not None:
             self.close()
         if self._child is None:
             self._child = subprocess.Popen(
@@ -212,7 +213,7 @@ class Decoder:
         try:
             self._receive(time.monotonic() + START_SECONDS)
         except (TimeoutError, EOFError) as error:
-            if isinstance(error, EOFError) and child.wait() < 0:
+            if isinstance(error, EOFError) and (wait_for(child) or 0) < 0:
                 raise
             self.close()
             raise Vc2Error(f"`{sys.executable} -m vc2.data.decode` does not start; run it by hand to see why") from None
