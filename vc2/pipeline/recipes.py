@@ -32,6 +32,7 @@ from vc2.miniature.config import (
     large_unet_config,
     text_config,
     unet_config,
+    web_base_weights,
 )
 from vc2.model.config import ModelConfig, Recompute, SamplerConfig
 from vc2.pipeline.table3 import named_row, row
@@ -216,11 +217,21 @@ def study(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pipeli
     miniature's, prompts that ask for more than videos show.
 
     32,000 clips (`miniature`: 8,800), then 3,840 pictures, with six checkpoints on the way. A base takes about 20
-    minutes of one core, a tuning with its samples 1 to 2. The networks are those of `miniature`. What came out:
-    docs/study.md.
+    minutes of one core, a tuning with its samples 1 to 2. The networks are those of `miniature`, grown from an image
+    network that has seen nothing that looks like the image set, as Stable Diffusion had seen nothing of Midjourney's.
+    What came out: docs/study.md.
     """
     config = miniature(work, world)
-    full = config.full.evolve(batch_size=16, num_steps=2000, world_size=1, zero_stage=0, state_every_seconds=60)
+    full = config.full.evolve(
+        sd_init="web-image-base",
+        sd_sha256=file_digest(web_base_weights()).sha256,
+        sd_path=str(web_base_weights()),
+        batch_size=16,
+        num_steps=2000,
+        world_size=1,
+        zero_stage=0,
+        state_every_seconds=60,
+    )
     return config.evolve(
         full=full,
         spatial=config.spatial.evolve(num_steps=240, keep_every_steps=40, world_size=1, zero_stage=0),
@@ -238,7 +249,7 @@ def study_gpu(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pi
 
     Its image network is not in the repository; this makes it, where the recipe looks for it:
 
-        python -m vc2.miniature.train_image_base --network large --device cuda --out WORK/study_gpu.safetensors
+      python -m vc2.miniature.train_image_base --network large --web-only --device cuda --out WORK/study_gpu.safetensors
 
     Not run yet for want of a GPU: a step of each stage was, on a CPU.
     """
