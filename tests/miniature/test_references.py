@@ -25,9 +25,19 @@ def yardstick() -> Yardstick:
 
 def test_every_judge_tells_real_clips_from_damaged_ones() -> None:
     """At least 9 in 10 at the size and length of the study, for every figure that the indices and the table need."""
-    found = {one.figure: one.accuracy for one in separation(80, 48, 8, FPS, clips=24)}
-    assert {*QUALITY, *MOTION, "colour", "shape", "background", "count", "direction", "flash"} <= set(found)
+    found = {(one.figure, one.things): one.accuracy for one in separation(80, 48, 8, FPS, lambda clip: clip)}
+    figures = {*QUALITY, *MOTION, "colour", "shape", "background", "count", "direction", "flash"}
+    assert {(figure, 1) for figure in figures} <= set(found)
+    assert {(figure, 2) for figure in ("colour", "shape", "background", "count")} <= set(found)
     assert min(found.values()) >= 0.9, found
+
+
+def test_what_an_autoencoder_takes_away_is_told_as_accuracy_through_it() -> None:
+    """One that forgets where things are leaves chance of all that is said of their motion."""
+    found = {one.figure: one for one in separation(80, 48, 8, FPS, lambda clip: clip[:1].repeat(8, 0), clips=4)}
+    assert found["speed"].accuracy == 1 and found["speed"].through == 0
+    assert found["direction"].accuracy == 1 and found["direction"].through == 0.5
+    assert found["colour"].through == found["colour"].accuracy == 1
 
 
 def test_quality_is_of_the_look_and_not_of_what_is_shown(yardstick: Yardstick) -> None:

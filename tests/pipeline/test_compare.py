@@ -11,6 +11,7 @@ import pytest
 from vc2.artifacts import Artifact, Checkpoint, Report, load_manifest
 from vc2.cli import main
 from vc2.errors import ConfigError
+from vc2.miniature.scene import parse_caption
 from vc2.pipeline.compare import FIGURES, PAGE, Comparison, Member, chosen_rows, compare, members, to_do
 from vc2.pipeline.driver import PlannedStage, plan
 from vc2.pipeline.stages import execute
@@ -128,6 +129,13 @@ def test_a_prompt_whose_truth_is_not_known_is_refused(tmp_path: Path) -> None:
     prompts = {"evaluation": {"prompts": [{"id": "one", "text": "a red panda eats bamboo"}]}}
     with pytest.raises(ConfigError, match="has no attribute `truth`"):
         members("study", prompts, ROWS, (0,), tmp_path)
+
+
+def test_prompts_that_tell_nothing_of_motion_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    resting = parse_caption("a red circle beside a blue square over a grey background")
+    prompt = {"id": "one", "text": resting.caption(), "attributes": {"truth": resting.as_json()}}
+    with pytest.raises(ConfigError, match="none of the 1 prompts names a single thing that moves"):
+        members("study", {"evaluation": {"prompts": [prompt]}}, ROWS, (0,), tmp_path)
 
 
 def test_the_fate_of_a_watermark_is_asked_where_the_base_has_one() -> None:

@@ -55,7 +55,7 @@ __all__ = [
     "warnings_of",
 ]
 
-STAGE_VERSION = 4  # raised, too, when the judges of the small world change
+STAGE_VERSION = 5  # raised, too, when the judges of the small world change
 
 #: What a judge is: frames (T, H, W, 3) uint8, the prompt and the frame rate in, figures by name out; NaN: does not
 #: apply.

@@ -49,6 +49,7 @@ RIGHTS = ("colour", "shape", "direction", "background", "count")  # what a capti
 
 FAINTEST = 34.0  # chroma difference below which nothing is seen
 SMALLEST = 0.008  # share of the frame below which nothing is seen
+GAP = 0.08  # of a unit: what is nearer to each other is one thing
 REST = 0.03  # of a unit: less displacement over the clip is rest
 # Blur and coding round corners off and never the reverse, so a rounded square is nearer to a circle than a circle is to
 # a square. Overlap given for nothing, half way between what rounded shapes lose and what other shapes reach.
@@ -172,14 +173,14 @@ def _displacement(masks: np.ndarray, seen: np.ndarray, unit: float) -> tuple[np.
 
 
 def _count(clip: _Clip) -> int:
-    """How many separate things most frames show."""
+    """How many separate things most frames show. What is as near as stripes of a thing is one."""
     strength = np.sqrt((clip.chroma**2).sum(axis=-1))
     masks = strength > max(FAINTEST, 0.42 * np.quantile(strength, 0.985))
-    least = SMALLEST * masks[0].size
+    least, reach = SMALLEST * masks[0].size, max(1, round(GAP * clip.unit / 2))
     regions, counts = np.zeros(masks[0].shape, np.int32), []
     for mask in masks:
-        label(mask, output=regions)
-        counts.append((np.bincount(regions.ravel())[1:] >= least).sum())
+        label(_box(mask.astype(np.float32), reach) > 1e-3, output=regions)
+        counts.append((np.bincount(regions[mask])[1:] >= least).sum())
     return int(np.median(counts))
 
 

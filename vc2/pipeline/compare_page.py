@@ -158,13 +158,18 @@ def _judges(data: Mapping[str, Any]) -> str:
     head = [
         column("figure", is_number=False),
         column("told from", is_number=False),
+        column("things"),
         column("accuracy"),
+        column("through the autoencoder"),
         column("clips"),
     ]
     rows = [
         element(
             "tr", row_head(one["figure"]), element("td", escape(one["damage"])),
-            element("td", f"{one['accuracy']:.0%}", class_="num"), element("td", str(one["clips"]), class_="num"),
+            *(
+                element("td", cell, class_="num")
+                for cell in (str(one["things"]), f"{one['accuracy']:.0%}", f"{one['through']:.0%}", str(one["clips"]))
+            ),
         )
         for one in data["separation"]
     ]  # fmt: skip
