@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vc2.miniature.config import image_base_weights, large_unet_config, unet_config
+from vc2.miniature.config import image_base_weights, large_unet_config, unet_config, web_base_weights
 from vc2.miniature.train_image_base import draw_picture, main
 from vc2.model.partition import trainable_names
 from vc2.model.unet import UNet3D
@@ -29,9 +29,22 @@ def test_what_is_written_fills_every_spatial_parameter(
         assert ("--web-only" in file.metadata()["command"]) is ("--web-only" in options)
 
 
-def test_the_committed_one_fits_the_miniature() -> None:
+@pytest.mark.parametrize("weights", [image_base_weights(), web_base_weights()])
+def test_the_committed_ones_fit_the_miniature(weights: Path) -> None:
     unet = UNet3D(unet_config())
-    assert load_sd_unet(unet, load_file(image_base_weights())) == len(trainable_names(unet, "spatial"))
+    assert load_sd_unet(unet, load_file(weights)) == len(trainable_names(unet, "spatial"))
+    with safe_open(weights, "pt") as file:
+        assert ("--web-only" in file.metadata()["command"]) is (weights == web_base_weights())
+
+
+def test_the_large_network_never_takes_the_place_of_the_small_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = image_base_weights().read_bytes()
+    monkeypatch.setattr("sys.argv", ["train", "--network", "large", "--steps", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--network large needs --out" in capsys.readouterr().err and image_base_weights().read_bytes() == before
 
 
 def test_the_web_has_no_strong_patterns() -> None:

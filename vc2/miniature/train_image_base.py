@@ -3,8 +3,9 @@
 It plays the part that Stable Diffusion 2.1 plays in the paper: an image model that knows what things look like and has
 never seen one move. It is the spatial part of the miniature's `UNet3D`, trained on clean still pictures with captions
 that say nothing of motion, by the same objective, and stored under Stable Diffusion's own names, so that stage `full`
-begins as the paper's does: `load_sd_unet`, temporal outputs zero. `--network large --device cuda --out FILE` makes the
-one that recipe `study_gpu` looks for.
+begins as the paper's does: `load_sd_unet`, temporal outputs zero. `--web-only --steps 3000` makes the one that recipe
+`study` grows from, which has seen nothing that looks like the image set; `--web-only --network large --device cuda
+--out FILE` the one that `study_gpu` looks for.
 
 Shapes: B pictures, C latent channels, h x w latent pixels.
 """
@@ -25,6 +26,7 @@ from vc2.miniature.config import (
     large_unet_config,
     text_config,
     unet_config,
+    web_base_weights,
 )
 from vc2.miniature.scene import Scene, Thing, ThingTruth, Truth, draw_picture_scene, draw_video_scene
 from vc2.miniature.train_autoencoder import SIZES, as_pixels
@@ -168,7 +170,7 @@ def save(unet: UNet3D, average: dict[str, Tensor], out: Path, command: str, step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small image network of the miniature world.")
-    parser.add_argument("--out", type=Path, default=image_base_weights())
+    parser.add_argument("--out", type=Path, help="default: where the package has it; it has no large one")
     parser.add_argument("--network", choices=["small", "large"], default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--web-only", action="store_true", help="no pictures that look like the image set")
@@ -179,6 +181,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.out is None and options.network == "large":
+        parser.error("--network large needs --out: its weights are not part of the package")
+    options.out = options.out or (web_base_weights() if options.web_only else image_base_weights())
     torch.set_num_threads(options.threads)
     elsewhere = ("out", "threads", "network", "device")
     settings = {name: value for name, value in vars(options).items() if name not in elsewhere}
