@@ -44,6 +44,7 @@ AT_WORK = ("RUNNING", "PENDING", "CANCELLING")  # states of a run that some proc
 PAGE = 200  # runs that the server tells of at a time, at most
 START_LIMIT = 180.0  # seconds; a cold start on a busy machine takes 45
 BUSY_LIMIT = 60.0  # seconds that a server may be too busy to answer
+ANSWER_LIMIT = 30.0  # seconds for one answer; what only reads is asked again
 
 
 class StackError(Vc2Error):
@@ -102,11 +103,12 @@ class Api:
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None, absent: int = 0) -> Any:
         until = time.monotonic() + BUSY_LIMIT
+        only_reads = method == "GET" or path.endswith("/filter")
         while True:
             try:
-                answer = self._request(method, path, body, timeout=30)
+                answer = self._request(method, path, body, ANSWER_LIMIT)
             except httpx.HTTPError as error:
-                if method == "GET" and isinstance(error, httpx.TimeoutException) and time.monotonic() < until:
+                if only_reads and isinstance(error, httpx.TimeoutException) and time.monotonic() < until:
                     continue
                 raise StackError(f"the Prefect server at {self.url} does not answer ({type(error).__name__})") from None
             if answer.status_code != 503 or time.monotonic() > until:  # its database is locked for a moment

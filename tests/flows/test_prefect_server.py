@@ -5,9 +5,13 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,7 +26,7 @@ from websockets.typing import Origin, Subprotocol
 
 from flows import automations, server
 from flows.follow import Row, _Lines
-from flows.server import ROOT, Owned, Stack, StackError, environment, free_port, held_lock
+from flows.server import ROOT, Api, Owned, Stack, StackError, environment, free_port, held_lock
 from flows.stack import _new
 from tests.flows.stacks import TINY_WORLD, Running, processes_of, remember, wait_until
 from vc2.storage import LocalStore
@@ -80,6 +84,40 @@ def test_a_server_that_does_not_answer_is_no_traceback(tmp_path: Path) -> None:
     assert not stack.is_up()
     with pytest.raises(StackError, match="does not answer"):
         stack.api.get("/health")
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/flow_runs/filter", 2), ("/flow_runs/one/set_state", 1)])
+def test_what_only_reads_is_asked_again_where_a_busy_server_is_late(
+    path: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what changes something is not: the server may have heard it."""
+    heard: list[str] = []
+
+    class Late(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(self.path)
+            if len(heard) == 1:
+                time.sleep(1)
+            with suppress(OSError):
+                self.send_response(200)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"[]")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("flows.server.ANSWER_LIMIT", 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Late) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = Api(f"http://127.0.0.1:{server.server_port}")
+        if asked == 2:
+            assert api.post(path) == []
+        else:
+            with pytest.raises(StackError, match="does not answer"):
+                api.post(path)
+        server.shutdown()
+    assert heard == [path] * asked
 
 
 def test_a_line_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
