@@ -91,6 +91,18 @@ def test_the_first_error_is_told_in_one_line_and_ends_all(rank_module: str, tmp_
         run(rank_module, tmp_path, "error", lambda *_, **__: None)
 
 
+def test_nothing_but_the_log_is_left(rank_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the ranks end: torchrun's own folder is gone, and there is none in the machine's temporary folder."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    run(rank_module, tmp_path, "fine", lambda *_, **__: None)
+    with pytest.raises(LaunchFailed):
+        run(rank_module, tmp_path, "error", lambda *_, **__: None)
+    assert {path.suffix for path in (tmp_path / "logs").iterdir()} == {".log"}
+    assert not list(temporary.glob("torchelastic_*"))
+
+
 def test_preempted_ranks_are_told_apart_from_failed_ones(rank_module: str, tmp_path: Path) -> None:
     with pytest.raises(Preempted, match="goes on"):
         run(rank_module, tmp_path, "preempted", lambda *_, **__: None)

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -277,6 +278,8 @@ class LocalJob(Job):
         whole = data if code is not None else data[: data.rfind(b"\n") + 1]  # who is cut off ends in no new line
         self._read += len(whole)
         self._hear(whole.decode(errors="replace").splitlines(), progress, is_last=code is not None)
+        if code is not None:
+            self._tidy_up()
         return code
 
     def cancel(self) -> None:
@@ -289,9 +292,18 @@ class LocalJob(Job):
         finally:
             _signal_group(self.process.pid, signal.SIGKILL)  # ranks that torchrun could not end die with it
             wait_for(self.process)
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        shutil.rmtree(_torchrun_folder(self._log), ignore_errors=True)
 
     def tail(self, lines: int = 15) -> str:
         return last_lines(self._log.read_text(errors="replace"), lines)
+
+
+def _torchrun_folder(log: Path) -> Path:
+    """What torchrun keeps for itself while its ranks run."""
+    return log.with_suffix(".torchrun")
 
 
 def last_lines(text: str, lines: int) -> str:
@@ -324,6 +336,7 @@ def start(
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
     torchrun = ("--standalone", f"--nproc-per-node={world_size}", "--max-restarts=0")
+    torchrun += (f"--log-dir={_torchrun_folder(path)}",)  # else a folder in /tmp that nobody removes
     torchrun += ("-m", "vc2.launch", RANK, module, config_uri)
     settings = rank_environment(world_size, work)
     settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(grace))  # torchrun's own patience, otherwise 30 s
