@@ -1,7 +1,7 @@
-"""What docs/study.md tells beside the table of `vc2 compare`, read from the store that a comparison left.
+"""What docs/study.md tells beside the table of `vc2 compare`, from the checkpoints that a comparison left in its store.
 
 `python -m benchmarks.study --store STORE` prints it and writes `benchmarks/results/study-<date>.json`. Nothing is
-trained: what is not in the store yet is said, and left out.
+trained: what is not in the store yet is said, and left out. Videos of one frame are sampled into the store.
 
     frames   share of clips with a watermark where a checkpoint is asked for one frame, and for as many as the recipe's
     losses   of each tuning on what it is tuned to: mean of its first 40 steps and of its last 80
@@ -52,7 +52,13 @@ def main() -> None:
         for member, values in found.items():
             print(f"  {member:<22}" + "   ".join(f"{what}: {value:.3f}" for what, value in values.items()))
     file = Path(__file__).parent / "results" / f"study-{datetime.now(UTC):%Y-%m-%d}.json"
-    said: dict[str, Any] = {"recipe": options.recipe, "environment": environment(), **figures}
+    said: dict[str, Any] = {
+        "recipe": options.recipe,
+        "rows": rows,
+        "seeds": options.seeds,
+        "environment": environment(),
+        **figures,
+    }
     file.write_text(json.dumps(said, indent=1) + "\n")
     print(f"\n{file}")
 
@@ -82,8 +88,9 @@ def _losses(asked: Sequence[Member], store: Store) -> Iterator[tuple[str, dict[s
         if member.row.is_base or (made := _checkpoint(member, store)) is None:
             continue
         lines = read_metrics(store, member.config.spatial.name, made.fingerprint)
-        first = [line["loss"] for line in lines if line["step"] <= FIRST]
-        last = [line["loss"] for line in lines if line["step"] > made.step - LAST]
+        known = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+        first = [loss for step, loss in known if step <= FIRST]
+        last = [loss for step, loss in known if step > made.step - LAST]
         yield f"{member.row} {member.seed}", {"first": float(np.mean(first)), "last": float(np.mean(last))}
 
 

@@ -13,7 +13,6 @@ from threading import Lock
 import psutil
 import pytest
 
-from vc2.children import exit_code, wait_for
 from vc2.errors import LaunchFailed, Preempted
 from vc2.launch import LocalJob, run_ranks, start, this_rank, watch
 
@@ -160,17 +159,6 @@ def test_an_interrupt_in_the_midst_of_asking_does_not_hinder_the_end(tmp_path: P
     with child.stdout:
         LocalJob("test", child, log, grace=0.1).cancel()
     assert child.returncode == -signal.SIGKILL and not psutil.pid_exists(child.pid)
-
-
-def test_exit_codes_are_those_of_the_process() -> None:
-    for code, ends in ((0, "pass"), (3, "raise SystemExit(3)"), (-9, "import os; os.kill(os.getpid(), 9)")):
-        child = subprocess.Popen([sys.executable, "-c", ends])
-        assert wait_for(child) == exit_code(child) == child.poll() == code
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    assert wait_for(child, 0.05) is exit_code(child) is None
-    child.kill()
-    os.waitpid(child.pid, 0)  # somebody else heard how it ended
-    assert wait_for(child) == -signal.SIGKILL
 
 
 def test_no_rank_outlives_its_starter(rank_module: str, tmp_path: Path) -> None:

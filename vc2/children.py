@@ -21,7 +21,7 @@ def exit_code(child: subprocess.Popen[bytes]) -> int | None:
     if child.returncode is None:
         try:
             pid, status = os.waitpid(child.pid, os.WNOHANG)
-        except ChildProcessError:  # it ended, and whoever heard how was interrupted
+        except ChildProcessError:  # whoever heard how it ended was interrupted, or nobody is told: SIGCHLD is ignored
             child.returncode = -signal.SIGKILL
         else:
             child.returncode = os.waitstatus_to_exitcode(status) if pid else None

@@ -335,6 +335,9 @@ def start(
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+    for old in logs.glob("*.torchrun"):  # of starters that were killed
+        if not Path(f"/proc/{old.stem.rpartition('-')[2]}").exists():
+            shutil.rmtree(old, ignore_errors=True)
     torchrun = ("--standalone", f"--nproc-per-node={world_size}", "--max-restarts=0")
     torchrun += (f"--log-dir={_torchrun_folder(path)}",)  # else a folder in /tmp that nobody removes
     torchrun += ("-m", "vc2.launch", RANK, module, config_uri)

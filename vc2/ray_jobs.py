@@ -116,16 +116,17 @@ class RayJob(Job):
 
     def cancel(self) -> None:
         until = time.monotonic() + self.grace
-        is_asked, why = False, ""
+        is_asked, is_told, why = False, False, ""
         while time.monotonic() < until:
             try:
                 status = _asked(self._client, self.job_id)
                 if status is None or status.is_terminal():
                     return
                 why = f"it is still {status.value}"
-                if not is_asked:
+                if not is_told:
+                    is_told = True
                     log.warning("%s: asked to stop; the ranks have %.0f s to leave", self.job_id, self.grace)
-                    is_asked = self._client.stop_job(self.job_id)
+                is_asked = is_asked or self._client.stop_job(self.job_id)
             except NO_ANSWER as error:
                 why = f"the job server says {first_line(error)}"
             time.sleep(0.2)

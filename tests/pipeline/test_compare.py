@@ -11,6 +11,7 @@ import pytest
 from vc2.artifacts import Artifact, Checkpoint, Report, load_manifest
 from vc2.cli import main
 from vc2.errors import ConfigError
+from vc2.miniature.references import Separation
 from vc2.miniature.scene import parse_caption
 from vc2.pipeline.compare import FIGURES, PAGE, Comparison, Member, chosen_rows, compare, members, to_do
 from vc2.pipeline.driver import PlannedStage, plan
@@ -129,6 +130,23 @@ def test_a_prompt_whose_truth_is_not_known_is_refused(tmp_path: Path) -> None:
     prompts = {"evaluation": {"prompts": [{"id": "one", "text": "a red panda eats bamboo"}]}}
     with pytest.raises(ConfigError, match="has no attribute `truth`"):
         members("study", prompts, ROWS, (0,), tmp_path)
+
+
+def test_a_judge_that_is_unsure_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as drawn nor through the autoencoder; of one that decides nothing it is only told."""
+    store = open_store(str(tmp_path / "store"))
+    asked = members("study", TINY, ROWS, (0,), tmp_path)
+
+    def tried_out(figure: str, accuracy: float, through: float) -> None:
+        told = (Separation(figure, "damaged", accuracy, through, 24),)
+        monkeypatch.setattr("vc2.pipeline.compare._separation", lambda *_: told)
+        compare(asked, store, tmp_path, Runner(store, tmp_path, stop_before=0))
+
+    for accuracy, through in ((0.8, 1.0), (1.0, 0.8)):
+        with pytest.raises(ConfigError, match=r"the judge of jitter tells .* expected 90%"):
+            tried_out("jitter", accuracy, through)
+    with pytest.raises(KeyboardInterrupt):  # of the runner, which was reached
+        tried_out("noise", 0.5, 0.5)
 
 
 def test_prompts_that_tell_nothing_of_motion_are_refused_before_anything_is_made(tmp_path: Path) -> None:

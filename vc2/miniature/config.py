@@ -79,10 +79,10 @@ def text_config() -> TextConfig:
 
 
 def image_base_weights() -> Path:
-    """The committed image network, which `python -m vc2.miniature.train_image_base` made."""
+    """The image network that recipe `miniature` grows from: `python -m vc2.miniature.train_image_base` made it."""
     return Path(str(files("vc2.miniature") / "weights" / "image_base.safetensors"))
 
 
 def web_base_weights() -> Path:
-    """The one that has seen nothing that looks like the image set: `train_image_base --web-only --steps 3000`."""
+    """That of recipe `study`, which has seen nothing that looks like the image set: `train_image_base --web-only`."""
     return Path(str(files("vc2.miniature") / "weights" / "web_base.safetensors"))

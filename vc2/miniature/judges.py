@@ -11,6 +11,8 @@ templates of the same place and size, direction from a line through the places o
     count       of separate things, likewise
     direction   1 right, 0 wrong; for a thing at rest 1 if it rests (clips only)
     path        cosine between the tracked displacement and the captioned direction (moving things only)
+    axis        1 if it moves along that line, either way (moving things only). By chance: a half for one of the four
+                ways, 0.41 for any heading
     speed       units a second along its path (clips only)
     jitter      root mean square distance of its places from a straight path, units (clips only)
     visible     share of frames in which a thing is found
@@ -28,7 +30,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import label
+from scipy.ndimage import binary_closing, label
 
 from vc2.miniature.degrade import watermark_alpha
 from vc2.miniature.scene import (
@@ -49,6 +51,7 @@ RIGHTS = ("colour", "shape", "direction", "background", "count")  # what a capti
 
 FAINTEST = 34.0  # chroma difference below which nothing is seen
 SMALLEST = 0.008  # share of the frame below which nothing is seen
+ALONG = 0.8  # cosine between path and captioned line above which a thing moves along it
 GAP = 0.08  # of a unit: what is nearer to each other is one thing
 REST = 0.03  # of a unit: less displacement over the clip is rest
 # Blur and coding round corners off and never the reverse, so a rounded square is nearer to a circle than a circle is to
@@ -92,6 +95,11 @@ class _Clip:
     def unit(self) -> float:
         """Pixels in a unit of the scene."""
         return min(self.rgb.shape[1], self.rgb.shape[2] * 0.6)
+
+    @property
+    def reach(self) -> int:
+        """Pixels around a place that still belong to the thing there."""
+        return max(1, round(GAP * self.unit / 2))
 
     def prominent(self) -> np.ndarray:
         """Where the most colourful thing is, (T, H, W) bool."""
@@ -143,7 +151,7 @@ def _judge_thing(clip: _Clip, masks: np.ndarray, thing: ThingTruth, fps: float) 
     seen = np.any(masks, axis=(1, 2))
     scores = {"visible": float(seen.mean()), "colour": 0.0, "shape": 0.0}
     if num_frames > 1:
-        scores |= {"direction": 0.0, "speed": 0.0} | ({"path": 0.0} if thing.motion else {})
+        scores |= {"direction": 0.0, "speed": 0.0} | ({"path": 0.0, "axis": 0.0} if thing.motion else {})
     if not seen.any():
         return scores
     scores["colour"] = float(clip.colour_of(masks) == thing.colour)
@@ -158,7 +166,9 @@ def _judge_thing(clip: _Clip, masks: np.ndarray, thing: ThingTruth, fps: float) 
             wanted = np.array(DIRECTIONS[thing.motion], float)
             along = float(moved @ wanted)
             scores["path"] = along / (float(np.hypot(*moved)) + 1e-6)
-            scores["direction"] = float(straight and along > REST and along > 0.8 * np.hypot(*moved))
+            least = max(REST, ALONG * float(np.hypot(*moved)))
+            scores["axis"] = float(straight and abs(along) > least)
+            scores["direction"] = float(straight and along > least)
     return scores
 
 
@@ -176,10 +186,10 @@ def _count(clip: _Clip) -> int:
     """How many separate things most frames show. What is as near as stripes of a thing is one."""
     strength = np.sqrt((clip.chroma**2).sum(axis=-1))
     masks = strength > max(FAINTEST, 0.42 * np.quantile(strength, 0.985))
-    least, reach = SMALLEST * masks[0].size, max(1, round(GAP * clip.unit / 2))
+    least = SMALLEST * masks[0].size
     regions, counts = np.zeros(masks[0].shape, np.int32), []
     for mask in masks:
-        label(_box(mask.astype(np.float32), reach) > 1e-3, output=regions)
+        label(_box(mask.astype(np.float32), clip.reach) > 1e-3, output=regions)
         counts.append((np.bincount(regions[mask])[1:] >= least).sum())
     return int(np.median(counts))
 
@@ -209,13 +219,18 @@ def _shape(clip: _Clip, masks: np.ndarray) -> str:
     areas = masks.sum(axis=(1, 2))
     inside = np.array([not (m[0].any() or m[-1].any() or m[:, 0].any() or m[:, -1].any()) for m in masks]) & (areas > 0)
     chosen = np.flatnonzero(inside if inside.any() else areas == areas.max())
+    reach = clip.reach
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    near = x**2 + y**2 <= reach**2
     overlap = {shape: HANDICAP[shape] * len(chosen) for shape in SHAPES}
     for t in chosen:
-        ys, xs = np.nonzero(masks[t])
-        y, x = ys.mean() + 0.5, xs.mean() + 0.5
+        # Between stripes of a faint colour there is nothing: closed, it is the thing again.
+        mask = binary_closing(np.pad(masks[t], reach), near)[reach:-reach, reach:-reach] | masks[t]
+        ys, xs = np.nonzero(mask)
+        y, x, area = ys.mean() + 0.5, xs.mean() + 0.5, mask.sum()
         for shape in SHAPES:
             overlap[shape] += max(
-                _likeness(masks[t], shape_cover(shape, width, height, x, y + dy, areas[t])) for dy in (-0.5, 0.0, 0.5)
+                _likeness(mask, shape_cover(shape, width, height, x, y + dy, area)) for dy in (-0.5, 0.0, 0.5)
             )
     return max(overlap, key=overlap.__getitem__)
 

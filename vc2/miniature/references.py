@@ -52,7 +52,7 @@ class Separation:
 def separation(
     width: int, height: int, num_frames: int, fps: float, through: Through, *, clips: int = 24
 ) -> tuple[Separation, ...]:
-    """Judge drawn clips, of all colours, backgrounds and textures, beside damaged copies of themselves.
+    """Judge drawn clips, of all colours, shapes, backgrounds and textures, beside damaged copies of themselves.
 
     A figure that is right or wrong has to be right of the real clip and wrong of the other: the mean of both shares. Of
     a figure with a scale it is the share of pairs in the right order.
@@ -69,12 +69,15 @@ def separation(
         thing = words.ThingTruth(
             words.SHAPES[index % 3],
             list(words.COLOURS)[index // 2 % 6],
-            words.TEXTURES[index // 4 % 3],
+            words.TEXTURES[index // 8 % 3],
             list(words.DIRECTIONS)[(index // 2) % 4],
         )
         truth = Truth(_next(_others(thing.colour), thing.colour, index), (thing,))
         singles.append(_drawn(truth, width, height, num_frames, fps, rng))
-        one, other = replace(thing, motion=None), replace(thing, motion=None, colour=_next(words.COLOURS, thing.colour))
+        one = replace(thing, motion=None)
+        other = replace(
+            one, colour=_next(words.COLOURS, one.colour), shape=_next(words.SHAPES, one.shape, index // 3 % 3)
+        )
         beside = draw_picture_scene(rng, Truth(truth.background, (one, other)), rich=False)
         doubles.append((beside, np.repeat(beside.render(width, height)[None], num_frames, axis=0)))
     return (
@@ -145,13 +148,17 @@ def _beside_another(truth: Truth) -> Truth:
 
 def _with_other_colours(truth: Truth) -> Truth:
     """None of its things in a colour that it has."""
-    shown = {thing.colour for thing in truth.things}
-    others = iter(colour for colour in words.COLOURS if colour not in shown)
+    shown, first = {thing.colour for thing in truth.things}, list(words.COLOURS).index(truth.things[0].colour)
+    others = iter(colour for colour in [*words.COLOURS][first:] + [*words.COLOURS][:first] if colour not in shown)
     return replace(truth, things=tuple(replace(thing, colour=next(others)) for thing in truth.things))
 
 
 def _with_other_shapes(truth: Truth) -> Truth:
-    changed = (replace(thing, shape=_next(words.SHAPES, thing.shape)) for thing in truth.things)
+    """Of two things that differ in shape, each in the other's."""
+    shapes = [thing.shape for thing in reversed(truth.things)]
+    if len(set(shapes)) < 2:
+        shapes = [_next(words.SHAPES, shape) for shape in shapes]
+    changed = (replace(thing, shape=shape) for thing, shape in zip(truth.things, shapes, strict=True))
     return replace(truth, things=tuple(changed))
 
 
@@ -172,7 +179,7 @@ CAPTIONS: Mapping[str, tuple[str, Callable[[Truth], Truth]]] = {
 }
 CAPTIONS_OF_TWO: Mapping[str, tuple[str, Callable[[Truth], Truth]]] = {
     "colour": ("caption with two other colours", _with_other_colours),
-    "shape": ("caption with two other shapes", _with_other_shapes),
+    "shape": ("caption with their shapes exchanged, or others", _with_other_shapes),
     "background": ("caption with another background", _on_another_background),
     "count": ("caption with one of both", lambda truth: replace(truth, things=truth.things[:1])),
 }

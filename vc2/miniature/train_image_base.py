@@ -3,7 +3,7 @@
 It plays the part that Stable Diffusion 2.1 plays in the paper: an image model that knows what things look like and has
 never seen one move. It is the spatial part of the miniature's `UNet3D`, trained on clean still pictures with captions
 that say nothing of motion, by the same objective, and stored under Stable Diffusion's own names, so that stage `full`
-begins as the paper's does: `load_sd_unet`, temporal outputs zero. `--web-only --steps 3000` makes the one that recipe
+begins as the paper's does: `load_sd_unet`, temporal outputs zero. `--web-only` makes the one that recipe
 `study` grows from, which has seen nothing that looks like the image set; `--web-only --network large --device cuda
 --out FILE` the one that `study_gpu` looks for.
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--network", choices=["small", "large"], default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--web-only", action="store_true", help="no pictures that look like the image set")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, help="default: 4000, of the small network of the web alone 3000")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -183,6 +183,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.out is None and options.network == "large":
         parser.error("--network large needs --out: its weights are not part of the package")
+    if options.steps is None:
+        options.steps = 3000 if options.web_only and options.network == "small" else 4000
     options.out = options.out or (web_base_weights() if options.web_only else image_base_weights())
     torch.set_num_threads(options.threads)
     elsewhere = ("out", "threads", "network", "device")

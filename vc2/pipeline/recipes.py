@@ -258,7 +258,7 @@ def study_gpu(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pi
     form = config.webvid.form.evolve(num_frames=16, max_stride=3)
     full = config.full.evolve(
         model=config.full.model.evolve(unet=unet),
-        sd_init="study-image-base",
+        sd_init="large-web-image-base",
         sd_sha256=file_digest(image_base).sha256 if image_base.is_file() else "",
         sd_path=str(image_base),
         batch_size=32,
