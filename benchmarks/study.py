@@ -90,7 +90,7 @@ def _losses(asked: Sequence[Member], store: Store) -> Iterator[tuple[str, dict[s
         lines = read_metrics(store, member.config.spatial.name, made.fingerprint)
         known = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
         first = [loss for step, loss in known if step <= FIRST]
-        last = [loss for step, loss in known if step > made.step - LAST]
+        last = [loss for step, loss in known if made.step - LAST < step <= made.step]  # a longer run has more
         yield f"{member.row} {member.seed}", {"first": float(np.mean(first)), "last": float(np.mean(last))}
 
 
