@@ -216,7 +216,7 @@ def study(work: Path = DEFAULT_WORK, world: WorldConfig = STUDY_WORLD) -> Pipeli
     """The rows of Table 3 in a small world, for `vc2 compare`: one rank and one thread each, another world than the
     miniature's, prompts that ask for more than videos show.
 
-    32,000 clips (`miniature`: 8,800), then 3,840 pictures, with six checkpoints on the way. A base takes about 20
+    32,000 clips (`miniature`: 8,800), then 3,840 pictures, with five checkpoints on the way. A base takes about 20
     minutes of one core, a tuning with its samples 1 to 2. The networks are those of `miniature`, grown from an image
     network that has seen nothing that looks like the image set, as Stable Diffusion had seen nothing of Midjourney's.
     What came out: docs/study.md.
