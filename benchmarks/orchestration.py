@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.follow import FINAL
-from flows.server import ROOT, Stack, free_port, held_lock
+from flows.server import ROOT, Stack, held_lock
 from vc2.artifacts import environment
 from vc2.launch import cpu_count
+from vc2.ports import free_port
 
 __all__ = ["main"]
 

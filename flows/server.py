@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -33,8 +32,9 @@ import psutil
 from flows.automations import register
 from flows.tied import PARENT
 from vc2.errors import Vc2Error
+from vc2.ports import free_port, is_free
 
-__all__ = ["HOST", "POOL", "QUEUES", "ROOT", "Api", "Stack", "StackError", "environment", "free_port", "held_lock"]
+__all__ = ["HOST", "POOL", "QUEUES", "ROOT", "Api", "Stack", "StackError", "environment", "held_lock"]
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ QUEUES = ("driver", "stages")
 AT_WORK = ("RUNNING", "PENDING", "CANCELLING")  # states of a run that some process has to work on
 PAGE = 200  # runs that the server tells of at a time, at most
 START_LIMIT = 180.0  # seconds; a cold start on a busy machine takes 45
-BUSY_LIMIT = 60.0  # seconds that a server may be too busy to answer
+BUSY_LIMIT = 120.0  # seconds that a server may be too busy to answer
 ANSWER_LIMIT = 30.0  # seconds for one answer; what only reads is asked again
 
 
@@ -158,22 +158,6 @@ def environment(work: Path, store: str, port: int, *, tied: bool, files_url: str
         "PYTHONUNBUFFERED": "1",
     }
     return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | settings
-
-
-def is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from flows.follow import FINAL, follow
-from flows.server import ROOT, Stack, StackError, free_port, held_lock, is_free
+from flows.server import ROOT, Stack, StackError, held_lock
 from vc2.errors import Vc2Error
+from vc2.ports import free_port, is_free
 
 __all__ = ["main"]
 

@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from vc2.errors import ConfigError, LaunchFailed, first_line
 from vc2.failures import RankError, Retries, hung, killed_by
 from vc2.launch import GRACE, PARENT, PREEMPTED, RANK, Job, Unheard, last_lines, rank_environment, watch
+from vc2.ports import free_port
 from vc2.progress import Progress, silent
 from vc2.storage import Store, join_uri
 
@@ -442,7 +442,7 @@ def start_rank(config: dict[str, Any]) -> None:
 
     context, ears = get_context(), config["ears"]
     rank = context.get_world_rank()
-    meeting = f"{ray.util.get_node_ip_address()} {_free_port()}" if rank == 0 else ""
+    meeting = f"{ray.util.get_node_ip_address()} {free_port('')}" if rank == 0 else ""
     address, port = broadcast_from_rank_zero(meeting).split()
     work = Path(os.environ.get("VC2_WORK") or Path(tempfile.gettempdir()) / "vc2")
     settings = rank_environment(context.get_local_world_size(), work) | {
@@ -483,12 +483,6 @@ def start_rank(config: dict[str, Any]) -> None:
 def local_rank(by_ray: int, visible: str) -> int:
     """Number of a rank's GPU among those that its worker sees: Ray shows each worker its own alone."""
     return 0 if len([gpu for gpu in visible.split(",") if gpu]) == 1 else by_ray
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from flows.follow import FINAL
-from flows.server import ROOT, Api, free_port
+from flows.server import ROOT, Api
+from vc2.ports import free_port
 
 __all__ = [
     "TINY_WORLD",

@@ -25,9 +25,10 @@ from websockets.typing import Origin, Subprotocol
 
 from flows import automations, server
 from flows.follow import Row, _Lines
-from flows.server import ROOT, Api, Owned, Stack, StackError, environment, free_port, held_lock
+from flows.server import ROOT, Api, Owned, Stack, StackError, environment, held_lock
 from flows.stack import _new
 from tests.flows.stacks import TINY_WORLD, Running, processes_of, remember, wait_until
+from vc2.ports import free_port
 from vc2.storage import LocalStore
 
 

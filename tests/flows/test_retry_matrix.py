@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.server import ROOT, Stack, free_port
+from flows.server import ROOT, Stack
 from tests.flows.stacks import TINY_WORLD, Running, as_option, furnish, processes_of, ranks_of, wait_until
 from vc2.miniature.config import WorldConfig
 from vc2.pipeline.recipes import world_folder
+from vc2.ports import free_port
 
 SETTLED = ("COMPLETED", "FAILED", "CANCELLED")  # a crashed run goes on by itself
 

@@ -21,13 +21,14 @@ import psutil
 import pytest
 
 from flows.follow import FINAL
-from flows.server import ROOT, Stack, StackError, free_port
+from flows.server import ROOT, Stack, StackError
 from tests.digests import as_options, faults_of, made
 from tests.faults import FaultyProxy
 from tests.flows.stacks import TINY_WORLD, Running, furnish, processes_of, wait_until
 from vc2.artifacts import load_manifest
 from vc2.pipeline.driver import STAGES, plan
 from vc2.pipeline.recipes import resolve
+from vc2.ports import free_port
 from vc2.storage import Store, open_store
 
 TINY_SHARDS = {"samples_per_shard": 8}

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from manifests import ROOT, asked
 
-from flows.server import free_port
+from vc2.ports import free_port
 
 PASSWORD = "planted-password"
 

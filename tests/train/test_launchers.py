@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from tests.clusters import ray_head, ray_node
 from vc2.artifacts import Checkpoint, FileEntry, ShardSet
 from vc2.errors import ConfigError, LaunchFailed, StoreError
 from vc2.launch import Unheard, rank_environment, watch
+from vc2.ports import free_port
 from vc2.storage import Entry, LocalStore, open_store
 from vc2.train.attempts import Attempt, Run, this_process
 from vc2.train.config import Layout, TrainStage
@@ -96,17 +96,11 @@ def by_torchrun(make_place: Callable[[], Place]) -> Checkpoint:
     return place.train(place.stage)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def started_by_slurm(place: Place, stage: TrainStage) -> Iterator[list[subprocess.Popen[str]]]:
     """Two tasks as `srun` starts them, with the script of the example; none outlives the block."""
     settings = rank_environment(2, place.work) | {
-        "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo",
+        "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
         "VC2_WORK": str(place.work),
     }  # fmt: skip
     command = [str(ROOT / "infra" / "slurm" / "rank.sh"), *place.call(stage)]
@@ -166,7 +160,8 @@ def test_the_deepspeed_launcher_starts_the_command_of_the_example(
     options += ["--set", "num_steps=1", "--set", "threads=1"]
     settings = rank_environment(2, place.work) | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DEEPSPEED_OPTIONS": "--no_ssh_check",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     command = [str(ROOT / "infra" / "hostfile" / "train.sh"), str(tmp_path / "hostfile"), *options]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
