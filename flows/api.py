@@ -8,8 +8,14 @@ browser here has open. Such a page may
     send what needs no leave, under the server's name, and read no answer                 left to the server: it takes
                                                                                           nothing but JSON, which needs
                                                                                           one (CORS, `flows.server`)
+
+And for its own database: `collect_aside` keeps a wait of a minute out of it.
 """
 
+import gc
+import itertools
+import threading
+import time
 from urllib.parse import urlsplit
 
 from prefect.server.api import server
@@ -18,9 +24,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-__all__ = ["create_app"]
+__all__ = ["collect_aside", "create_app"]
 
 NAMES = ("127.0.0.1", "localhost")
+FULL_COLLECTION = 30  # seconds from one to the next; the young are collected every second
 
 
 def create_app() -> ASGIApp:
@@ -28,7 +35,25 @@ def create_app() -> ASGIApp:
 
     The checks stand before the server, not in it: its own automations call it from inside, under another name.
     """
+    collect_aside()
     return TrustedHostMiddleware(OwnSockets(server.create_app()), allowed_hosts=list(NAMES))
+
+
+def collect_aside() -> None:
+    """Collect garbage in a thread of its own from now on, and never in the one that runs the event loop.
+
+    A statement of SQLite that failed is left in a cycle, with its cursor. Who collects it resets it, and waits for its
+    connection. If the connection waits for the right to write, and that is with a request which the loop has to go on
+    with, then the loop waits for itself: nothing is answered until SQLite gives up, after a minute.
+    """
+
+    def collect() -> None:
+        for second in itertools.count(1):
+            time.sleep(1)
+            gc.collect(1 if second % FULL_COLLECTION else 2)
+
+    gc.disable()
+    threading.Thread(target=collect, name="garbage", daemon=True).start()
 
 
 class OwnSockets:

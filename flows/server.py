@@ -44,7 +44,7 @@ AT_WORK = ("RUNNING", "PENDING", "CANCELLING")  # states of a run that some proc
 PAGE = 200  # runs that the server tells of at a time, at most
 START_LIMIT = 180.0  # seconds; a cold start on a busy machine takes 45
 BUSY_LIMIT = 120.0  # seconds that a server may be too busy to answer
-ANSWER_LIMIT = 30.0  # seconds for one answer; what only reads is asked again
+READ_LIMIT = 30.0  # seconds for one answer to what only reads, which is then asked again
 
 
 class StackError(Vc2Error):
@@ -106,7 +106,7 @@ class Api:
         only_reads = method == "GET" or path.endswith("/filter")
         while True:
             try:
-                answer = self._request(method, path, body, ANSWER_LIMIT)
+                answer = self._request(method, path, body, READ_LIMIT if only_reads else BUSY_LIMIT)
             except httpx.HTTPError as error:
                 if only_reads and isinstance(error, httpx.TimeoutException) and time.monotonic() < until:
                     continue
