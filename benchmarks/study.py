@@ -124,15 +124,16 @@ def frames(study: Study) -> dict[str, Shares]:
         if not member.row.is_base:
             continue
         whole = member.config.evaluation
-        moving = [prompt for prompt in whole.all_prompts() if _is_moving(prompt.attributes["truth"])]
-        shares = {}
+        truths = [(prompt, Truth.from_json(prompt.attributes["truth"])) for prompt in whole.all_prompts()]
+        moving = [(prompt, truth) for prompt, truth in truths if truth.is_moving]
+        prompts, shares = [prompt for prompt, _ in moving], {}
         for number in (1, whole.frames):
             made = study.checkpoints[_name(member)]
             asked = whole.evolve(frames=number).sampling()
             videos = sampled(asked, study.store, study.work, made, 0, silent, run_here)
             opacities = [
-                judge(video.frames, Truth.from_json(prompt.attributes["truth"]), float(whole.play_fps))["watermark"]
-                for video, prompt in zip(sampled_videos(study.store, videos, moving), moving, strict=True)
+                judge(video.frames, truth, float(whole.play_fps))["watermark"]
+                for video, (_, truth) in zip(sampled_videos(study.store, videos, prompts), moving, strict=True)
             ]
             shares[counted(number, "frame")] = float(np.mean(np.array(opacities) > WATERMARKED))
         found[_name(member)] = shares
@@ -155,10 +156,6 @@ def losses(study: Study) -> dict[str, Shares]:
 
 def _name(member: Member) -> str:
     return f"{member.row} {member.seed}"
-
-
-def _is_moving(truth: Mapping[str, Any]) -> bool:
-    return len(truth["things"]) == 1 and truth["things"][0]["motion"] is not None
 
 
 def main() -> None:

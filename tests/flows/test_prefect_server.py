@@ -105,7 +105,7 @@ def test_a_busy_server_is_asked_again_what_only_reads_and_waited_for_otherwise(
                 self.end_headers()
                 self.wfile.write(b"[]")
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     monkeypatch.setattr("flows.server.READ_LIMIT", 2.0)

@@ -91,6 +91,11 @@ class Truth:
     background: str
     things: tuple[ThingTruth, ...]
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether it is of a single thing that moves."""
+        return len(self.things) == 1 and self.things[0].motion is not None
+
     def caption(self) -> str:
         return f"{' beside '.join(thing.phrase() for thing in self.things)} over a {self.background} background"
 

@@ -239,7 +239,7 @@ def members(
         raise ConfigError(
             f"prompt {strange[0]} has no attribute `truth`, which the judges need; take the world's own prompts"
         )
-    if not any(_is_moving(_truth_of(prompt)) for prompt in prompts):
+    if not any(_truth_of(prompt).is_moving for prompt in prompts):
         raise ConfigError(
             f"none of the {len(prompts)} prompts names a single thing that moves, and the index of motion needs some"
         )
@@ -383,17 +383,13 @@ def _separation(width: int, height: int, num_frames: int, fps: float, model: Mod
 def _yardstick(config: PipelineConfig, prompts: Sequence[Prompt]) -> Yardstick:
     """The ends of the indices, for the prompts of single moving things."""
     wanted = config.evaluation
-    truths = [truth for prompt in prompts if _is_moving(truth := _truth_of(prompt))]
+    truths = [truth for prompt in prompts if (truth := _truth_of(prompt)).is_moving]
     size = wanted.width, wanted.height
     return Yardstick.made_for(truths, size, wanted.frames, float(wanted.play_fps), _autoencoder(config.full.model))
 
 
 def _truth_of(prompt: Prompt) -> Truth:
     return Truth.from_json(prompt.attributes["truth"])
-
-
-def _is_moving(truth: Truth) -> bool:
-    return len(truth.things) == 1 and truth.things[0].motion is not None
 
 
 def _autoencoder(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
@@ -457,7 +453,7 @@ def _with_indices(clips: Figures, prompts: Sequence[Prompt], yardstick: Yardstic
             "text": text,
             "watermarked": float(figures["watermark"] > WATERMARKED),
         }
-        if _is_moving(_truth_of(by_id[name])):
+        if _truth_of(by_id[name]).is_moving:
             more["motion"] = yardstick.motion(figures)
         if not by_id[name].attributes.get("seen", True):
             more["composition"] = text
