@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -47,6 +47,9 @@ BUSY_LIMIT = 120.0  # seconds that a server may be too busy to answer
 READ_LIMIT = 30.0  # seconds for one answer to what only reads, which is then asked again
 
 
+Body = Mapping[str, Any] | Sequence[Any]  # of a request, as JSON
+
+
 class StackError(Vc2Error):
     """The server or the worker cannot be started, reached or stopped."""
 
@@ -61,11 +64,14 @@ class Api:
         """The answer, or None where there is no such thing."""
         return self._call("GET", path, None, absent=404)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def post(self, path: str, body: Body | None = None) -> Any:
         return self._call("POST", path, body or {})
 
     def put(self, path: str, body: Mapping[str, Any]) -> None:
         self._call("PUT", path, body)
+
+    def delete(self, path: str) -> None:
+        self._call("DELETE", path, None)
 
     def create(self, path: str, body: Mapping[str, Any]) -> None:
         """Create something unless it is there."""
@@ -96,12 +102,12 @@ class Api:
         state = {"type": "CANCELLING", "name": "Cancelling"}
         self.post(f"/flow_runs/{run}/set_state", {"state": state, "force": False})
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> httpx.Response:
+    def _request(self, method: str, path: str, body: Body | None, timeout: float) -> httpx.Response:
         # A connection each: nothing to close, and on loopback no cost. Neither proxies nor certificates concern us.
         with httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False) as client:
             return client.request(method, path, json=body)
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None, absent: int = 0) -> Any:
+    def _call(self, method: str, path: str, body: Body | None, absent: int = 0) -> Any:
         until = time.monotonic() + BUSY_LIMIT
         only_reads = method == "GET" or path.endswith("/filter")
         while True:

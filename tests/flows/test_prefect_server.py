@@ -284,12 +284,12 @@ def test_an_automation_reaches_its_own_server(standing: Stack) -> None:
     event = {"occurred": datetime.now(UTC).isoformat(), "event": name, "resource": {"prefect.resource.id": name}}
 
     def paused() -> bool:
-        api._call("POST", "/events", [event | {"id": str(uuid4())}])  # pyright: ignore[reportArgumentType]
+        api.post("/events", [event | {"id": str(uuid4())}])
         return api.get("/work_pools/vc2/queues/aside")["is_paused"]
 
     wait_until(paused, "the queue is not paused", seconds=60)
-    api._call("DELETE", f"/automations/{made}", None)
-    api._call("DELETE", "/work_pools/vc2/queues/aside", None)
+    api.delete(f"/automations/{made}")
+    api.delete("/work_pools/vc2/queues/aside")
 
 
 def test_an_automation_that_was_deleted_comes_back(standing: Stack) -> None:
@@ -299,7 +299,7 @@ def test_an_automation_that_was_deleted_comes_back(standing: Stack) -> None:
         return {found["name"]: found["id"] for found in standing.api.post("/automations/filter")}
 
     before, deployed = known(), standing.api.get("/deployments/name/rescue/crashed")["updated"]
-    standing.api._call("DELETE", f"/automations/{before['vc2: crashed']}", None)
+    standing.api.delete(f"/automations/{before['vc2: crashed']}")
     standing.start()
     assert known().keys() == before.keys() and known() != before
     assert standing.api.get("/deployments/name/rescue/crashed")["updated"] == deployed
