@@ -264,7 +264,15 @@ SHARDS, TRAINING, EVALUATION = ("shard/webvid", "shard/jdb"), ("train/full", "tr
 
 @pytest.mark.s3
 @pytest.mark.timeout(LIMIT + 600)
-@pytest.mark.parametrize(("seed", "part"), [(1, SHARDS), (2, TRAINING), (3, EVALUATION)], ids=str)
+@pytest.mark.parametrize(
+    ("seed", "part"),
+    [
+        pytest.param(1, SHARDS, marks=pytest.mark.soak),
+        (2, TRAINING),
+        pytest.param(3, EVALUATION, marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
 def test_whoever_is_killed_the_run_ends_with_the_same_bytes(
     disturbed: Disturbed, s3_uri: str, seed: int, part: tuple[str, str]
 ) -> None:

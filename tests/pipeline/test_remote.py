@@ -96,24 +96,29 @@ def attempts(store: LocalStore, folder: str) -> list[str]:
     return [entry.key.rpartition("/")[2] for entry in store.list(f"{folder}/")]
 
 
-def started(stage: ShardStage, store: LocalStore, work: Path, attempt: int) -> subprocess.Popen[bytes]:
-    """A process that wants the set, and whose job runs."""
+def started(head: RayHead, stage: ShardStage, store: LocalStore, work: Path, attempt: int) -> subprocess.Popen[bytes]:
+    """A process that wants the set, and whose job runs. The job is held until it is seen: it may be a short one."""
     words = [stage.model_dump_json(), store.uri, str(work), name_of(stage)]
     starter = subprocess.Popen([sys.executable, "-c", CALLER, *words], stderr=subprocess.DEVNULL)
-    while f"{attempt:04d}.json" not in attempts(store, f"{prefix_of(stage)}/jobs") or not is_running(
-        job_of(stage, store, attempt)
-    ):
+    while not (jobs := on_cluster(head, "vc2.pipeline.remote")):
+        assert starter.poll() is None
+        time.sleep(0.05)
+    for job in jobs:
+        job.suspend()
+    while not is_running(job_of(stage, store, attempt)):
         assert starter.poll() is None
         time.sleep(0.1)
+    for job in jobs:
+        job.resume()
     return starter
 
 
-def on_cluster(head: RayHead, words: str) -> list[psutil.Process]:
-    """Processes of the cluster's machine whose command line has such words."""
+def on_cluster(head: RayHead, module: str) -> list[psutil.Process]:
+    """Processes of the cluster's machine that run such a module."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         try:
-            is_meant = words in " ".join(process.info["cmdline"] or ())
+            is_meant = module in (process.info["cmdline"] or ())
             if is_meant and process.environ().get("VC2_WORK") == f"{head.folder}/work":
                 found.append(process)
         except psutil.Error:
@@ -126,14 +131,14 @@ def test_shards_are_the_same_whoever_is_lost_or_changes_their_mind(
 ) -> None:
     """Cancel ends the job and all its work. Another one is started; its starter is killed, and the next finds it."""
     store = LocalStore(tmp_path / "store")
-    starter = started(stage, store, tmp_path, 1)
+    starter = started(head, stage, store, tmp_path, 1)
     starter.send_signal(signal.SIGTERM)
     starter.wait()
     assert not is_running(job_of(stage, store, 1))
     _, alive = psutil.wait_procs(on_cluster(head, "vc2.pipeline.remote"), timeout=20)
     assert alive == []
 
-    starter = started(stage, store, tmp_path, 2)
+    starter = started(head, stage, store, tmp_path, 2)
     starter.kill()
     starter.wait()
     told: list[str] = []
