@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vc2.errors import ConfigError
 from vc2.miniature.references import Separation
 from vc2.miniature.scene import parse_caption
 from vc2.pipeline.compare import FIGURES, PAGE, Comparison, Member, chosen_rows, compare, members, to_do
+from vc2.pipeline.compare_page import render_markdown
 from vc2.pipeline.driver import PlannedStage, plan
 from vc2.pipeline.stages import execute
 from vc2.pipeline.table3 import Row
@@ -93,6 +95,16 @@ def test_the_page_and_the_picture_can_be_opened(made) -> None:
     assert store.read(manifest.file("before_after.png").key).startswith(b"\x89PNG")
     text = store.read(manifest.file("table.md").key).decode()
     assert all(row.value in text for row in ROWS)
+    data = json.loads(store.read(manifest.file("table.json").key))
+    aside = [says for claim in data["claims"] for says, _ in claim["beside"]]
+    assert aside and all(f"beside: {says}" in text and f"beside: {escape(says)}" in page for says in aside)
+
+
+@pytest.mark.parametrize("name", ["table", "three_seeds", "knowing_start", "longer"])
+def test_the_tables_of_the_study_are_those_of_their_data(name: str) -> None:
+    folder = Path(__file__).parents[2] / "docs" / "study"
+    data = json.loads((folder / f"{name}.json").read_text())
+    assert (folder / f"{name}.md").read_text() == render_markdown(data, FIGURES)
 
 
 def test_a_row_brings_its_base_and_rows_of_a_base_share_its_training(tmp_path: Path) -> None:

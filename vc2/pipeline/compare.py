@@ -75,7 +75,7 @@ __all__ = [
 ]
 
 STAGE = "compare"
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 PAGE = "compare.html"
 CURVE_PROMPTS = 12  # the first ones, by which the checkpoints on the way are judged
 SUREST = 0.9  # a judge that tells less than this share of real clips from damaged ones is not believed

@@ -1,6 +1,6 @@
 """A comparison as a page and as text: table beside the paper's figures, verdicts, videos, curves, judges."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -45,7 +45,7 @@ def render_page(
         section(
             "claims",
             "The paper's claims",
-            f"A claim holds if all intervals are on its side. {_one_seed(data)}",
+            f"A claim holds if all intervals are on its side; what stands beside decides nothing. {_one_seed(data)}",
             _claims(data),
         ),
         section(
@@ -101,8 +101,7 @@ def _claims(data: Mapping[str, Any]) -> str:
     head = [column(name, is_number=False) for name in ("claim", "verdict", "measured", "in the paper")]
     rows = []
     for claim in data["claims"]:
-        measured = [_said(says, found) for says, found in (*claim["contrasts"], *claim["beside"])]
-        lines = [part for words in measured for part in (escape(words), element("br"))]
+        lines = [part for words in _measured(claim) for part in (escape(words), element("br"))]
         cells = (
             element("td", escape(WORDS[claim["verdict"]])),
             element("td", *lines),
@@ -110,6 +109,11 @@ def _claims(data: Mapping[str, Any]) -> str:
         )
         rows.append(element("tr", row_head(f"({claim['key']}) {claim['says']}"), *cells))
     return table("Claims", head, rows)
+
+
+def _measured(claim: Mapping[str, Any]) -> list[str]:
+    decides = [_said(says, found) for says, found in claim["contrasts"]]
+    return decides + [f"beside: {_said(says, found)}" for says, found in claim["beside"]]
 
 
 def _said(says: str, found: Mapping[str, float] | None) -> str:
@@ -202,10 +206,8 @@ def render_markdown(data: Mapping[str, Any], figures: Figures) -> str:
     lines += ["", ONE_SEED] if len(data["seeds"]) == 1 else []
     lines += ["", _line("claim", "verdict", "measured", "in the paper"), _line("---", "---", "---", "---")]
     for claim in data["claims"]:
-        measured: Sequence[str] = [_said(says, found) for says, found in (*claim["contrasts"], *claim["beside"])]
-        lines.append(
-            _line(f"({claim['key']}) {claim['says']}", WORDS[claim["verdict"]], "; ".join(measured), claim["paper"])
-        )
+        measured = "; ".join(_measured(claim))
+        lines.append(_line(f"({claim['key']}) {claim['says']}", WORDS[claim["verdict"]], measured, claim["paper"]))
     return "\n".join(lines) + "\n"
 
 
