@@ -1,7 +1,7 @@
 """What the driver costs where nothing is left to do: a whole DAG that is reused, through Prefect and without; and how
 long a busy server lets others wait.
 
-    python -m benchmarks.orchestration      about eight minutes on two cores, most of it the first run of a tiny world
+    python -m benchmarks.orchestration      about five minutes on two cores, most of it the first run of a tiny world
 
 A stack of its own (server, worker, deployments) is started in a temporary folder and runs the DAG of a tiny world once.
 Then the same run is submitted again, and again: from the submission to the end of the run, as somebody at the UI would
