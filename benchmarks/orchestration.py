@@ -51,6 +51,10 @@ def main() -> int:
     parser.add_argument("--busy", type=float, default=120.0, metavar="SECONDS", help="how long the server is kept busy")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
+    if options.rounds < 1 or options.busy <= 0:
+        parser.error(
+            f"--rounds {options.rounds}, --busy {options.busy:g}: expected one round and some seconds, or more"
+        )
     with tempfile.TemporaryDirectory(prefix="vc2-bench-") as folder:
         measured = _measured(Path(folder), options.rounds, options.busy)
     measured |= {
@@ -131,32 +135,30 @@ def _automate(api: Api, until: float) -> list[float]:
     took: list[float] = []
     while time.monotonic() < until:
         name = f"bench.{uuid4()}"
-        queue = _timed(took, lambda name=name: api.post(f"/work_pools/{POOL}/queues", {"name": name}))
+        queue = _timed(took, api.post, f"/work_pools/{POOL}/queues", {"name": name})
         action = {"type": "pause-work-queue", "source": "selected", "work_queue_id": queue["id"]}
         trigger = {"type": "event", "posture": "Reactive", "expect": [name], "threshold": 1, "within": 0}
-        wanted = {"name": name, "trigger": trigger, "actions": [action]}
-        made = _timed(took, lambda wanted=wanted: api.post("/automations/", wanted))
+        made = _timed(took, api.post, "/automations/", {"name": name, "trigger": trigger, "actions": [action]})
         for _ in range(5):
             resource = {"prefect.resource.id": name}
             event = {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": name, "resource": resource}
-            _timed(took, lambda event=event: api.post("/events", [event]))
-        _timed(took, lambda made=made: api.delete(f"/automations/{made['id']}"))
-        _timed(took, lambda name=name: api.delete(f"/work_pools/{POOL}/queues/{name}"))
+            _timed(took, api.post, "/events", [event])
+        _timed(took, api.delete, f"/automations/{made['id']}")
+        _timed(took, api.delete, f"/work_pools/{POOL}/queues/{name}")
     return took
 
 
 def _poll(api: Api, until: float) -> list[float]:
     took: list[float] = []
     while time.monotonic() < until:
-        asked = {"work_queue_names": list(QUEUES)}
-        _timed(took, lambda asked=asked: api.post(f"/work_pools/{POOL}/get_scheduled_flow_runs", asked))
+        _timed(took, api.post, f"/work_pools/{POOL}/get_scheduled_flow_runs", {"work_queue_names": list(QUEUES)})
         time.sleep(0.15)
     return took
 
 
-def _timed(took: list[float], ask: Callable[[], Any]) -> Any:
+def _timed(took: list[float], ask: Callable[..., Any], *asked: Any) -> Any:
     began = time.monotonic()
-    answer = ask()
+    answer = ask(*asked)
     took.append(time.monotonic() - began)
     return answer
 
