@@ -282,23 +282,29 @@
       this.videos.forEach((video, place) => {
         video.addEventListener("error", () => { this.failed[place] = true; this.onfail(place); });
         video.addEventListener("ended", () => this.ended());
-        video.addEventListener("canplay", () => this.run());
+        for (const name of ["canplay", "seeked"]) video.addEventListener(name, () => this.run());
       });
     }
-    get isReady() { return this.videos.every(v => v.readyState >= 3); }
+    // A video at its end has no frame to come: to the standard it is less than ready, though nothing is missing.
+    get isReady() { return this.videos.every(v => v.ended || v.readyState >= 3); }
     get isBroken() { return this.failed.some(Boolean); }
-    get isRunning() { return this.isWanted && !document.hidden && this.isReady && !this.isBroken; }
+    get isHeld() { return !this.isWanted || document.hidden || this.isBroken; }
+    get isRunning() { return !this.isHeld && this.isReady; }
+    pause() { this.videos.forEach(v => v.pause()); }
     // Both start when both can; the shorter waits for the longer.
     run() {
-      if (!this.isRunning) return this.videos.forEach(v => v.pause());
+      if (this.isHeld) return this.pause();
       if (this.videos.every(v => v.ended)) this.rewind();
+      if (this.videos.some(v => v.seeking)) return; // "seeked" comes; to pause and play again would part them
+      if (!this.isReady) return this.pause(); // "canplay" comes
       this.videos.filter(v => !v.ended && v.paused).forEach(v => v.play().catch(error => {
         if (error.name === "NotAllowedError") { this.isWanted = false; this.onstate(); }
       }));
     }
     rewind() { this.videos.forEach(v => { v.currentTime = 0; }); }
     want(isWanted) { this.isWanted = isWanted; this.run(); this.onstate(); }
-    restart() { clearTimeout(this.again); this.videos.forEach(v => v.pause()); this.rewind(); this.want(true); }
+    restart() { this.stay(); this.pause(); this.rewind(); this.want(true); }
+    stay() { clearTimeout(this.again); this.again = 0; } // what was to begin again does not
     ended() {
       if (!this.videos.every(v => v.ended) || this.again) return;
       this.onplay();
@@ -311,7 +317,7 @@
       const lead = a.currentTime - b.currentTime;
       if (Math.abs(lead) > 0.12) (lead > 0 ? a : b).currentTime = Math.min(a.currentTime, b.currentTime);
     }
-    drop() { clearTimeout(this.again); this.isWanted = false; this.videos.forEach(v => { v.pause(); v.removeAttribute("src"); v.load(); }); this.onfail = this.onplay = this.onstate = () => {}; }
+    drop() { this.stay(); this.isWanted = false; this.videos.forEach(v => { v.pause(); v.removeAttribute("src"); v.load(); }); this.onfail = this.onplay = this.onstate = () => {}; }
   }
 
   // ---- a trial ----
