@@ -77,9 +77,10 @@ class Api:
         """Create something unless it is there."""
         self._call("POST", path, body, absent=409)
 
-    def is_healthy(self) -> bool:
+    def is_healthy(self, limit: float = READ_LIMIT) -> bool:
+        """Whether the server answers within so many seconds."""
         try:
-            return self._request("GET", "/health", None, timeout=2).status_code == 200
+            return self._request("GET", "/health", None, limit).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -359,7 +360,7 @@ class Stack:
 
     def _wait_for_server(self) -> None:
         api, until = self.api, time.monotonic() + START_LIMIT
-        while not api.is_healthy():
+        while not api.is_healthy(2):
             if self.process("server") is None:
                 raise StackError(
                     f"the Prefect server ended at once (log: {self.log('server')}):\n{self.tail('server')}"

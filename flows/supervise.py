@@ -6,6 +6,7 @@ the worker that started it may be gone, and a new one does not know of it. So ea
     Cancelling, and nobody acts for some seconds    end the work; the run becomes Cancelled
     ended or put back to work by somebody else      end the work and say nothing: the state is no longer ours
     no answer, or the run is unknown                go on: what is made is in the store, whatever the server knows
+    an answer after some silence                    beat at once: a server that was away has missed heartbeats
 
 To end the work is to send this process SIGTERM, as a worker does: ranks write a state and end, and so does the flow.
 """
@@ -26,16 +27,19 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.events import emit_event
 from prefect.exceptions import Abort, ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled
 
-__all__ = ["NO_ANSWER", "SERVER_MAY_BE_AWAY", "supervised", "wait_for_server"]
+__all__ = ["AWAY", "NO_ANSWER", "SERVER_MAY_BE_AWAY", "supervised", "wait_for_server"]
 
 NO_ANSWER = (httpx.HTTPError, PrefectHTTPStatusError, OSError)  # of a server that is away, or being restarted
 LOOK_EVERY = 2.0  # seconds
 WORKERS_TURN = 8.0  # seconds that a worker has for a cancelled run; it looks every five
+AWAY = 3 * LOOK_EVERY  # seconds without an answer after which the server may have missed a heartbeat
 LAST_RESORT = 330.0  # seconds from SIGTERM to SIGKILL: more than ranks have to write a state (vc2.train.run)
 SERVER_MAY_BE_AWAY = 900.0  # seconds that a finished run waits to tell so
 
@@ -81,14 +85,20 @@ class Watch:
 
     def keep(self) -> None:
         """Look until the work is over, or has to be."""
-        with get_client(sync_client=True) as client:
+        # By itself the client would ask again in steps of up to half a minute before it says that nobody answers.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            heard = time.monotonic()
             while not self.over.wait(LOOK_EVERY):
                 try:
-                    self.judge(client.read_flow_run(self.run_id))
+                    run = client.read_flow_run(self.run_id)
                 except (*NO_ANSWER, ObjectNotFound):
                     continue
+                self.judge(run)
                 if self.verdict:
                     break
+                if time.monotonic() - heard > AWAY:
+                    beat(run)
+                heard = time.monotonic()
         if self.verdict and not self.over.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
             self.log.warning("%s: ending the work of this process", self.verdict)
@@ -143,6 +153,21 @@ class Watch:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def beat(run: FlowRun) -> None:
+    """A heartbeat between those of Prefect's engine, with all that an automation asks of one."""
+    flow = {
+        "prefect.resource.id": f"prefect.flow.{run.flow_id}",
+        "prefect.resource.role": "flow",
+        "prefect.resource.name": this_run.flow_name or "",
+    }
+    emit_event(
+        "prefect.flow-run.heartbeat",
+        resource={"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
+        related=[flow],
+        payload={"why": "the server answers again"},
+    )
 
 
 def wait_for_server() -> None:

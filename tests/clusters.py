@@ -17,6 +17,8 @@ from vc2.ports import free_port
 
 __all__ = ["RayHead", "ray_head", "ray_node"]
 
+STARTS = 3
+
 
 @contextlib.contextmanager
 def ray_node(*arguments: str, folder: str, log: Path, cpus: int = 1) -> Iterator[subprocess.Popen[bytes]]:
@@ -59,17 +61,19 @@ class RayHead:
         self._node = contextlib.ExitStack()
 
     def start(self) -> None:
-        """Start it, and wait until it takes jobs."""
+        """Start it, and wait until it takes jobs. On a busy machine Ray gives up where it would only have to wait."""
         log = self._logs / "head.log"
-        node = ray_node("--head", *self._arguments, folder=self.folder, log=log, cpus=self._cpus)
-        process = self._node.enter_context(node)
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.jobs}/api/version", timeout=5).close()
-                return
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.2)
+        for _ in range(STARTS):
+            node = ray_node("--head", *self._arguments, folder=self.folder, log=log, cpus=self._cpus)
+            process, until = self._node.enter_context(node), time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < until:
+                try:
+                    urllib.request.urlopen(f"{self.jobs}/api/version", timeout=5).close()
+                    return
+                except OSError:
+                    time.sleep(0.2)
+            self.kill()
+        raise TimeoutError(f"no head of Ray in {STARTS} starts: {log.read_text()}")
 
     def kill(self) -> None:
         """kill -9 of all its processes, jobs and workers among them."""

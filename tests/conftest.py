@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
@@ -23,6 +24,10 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VC2_OFFLINE", "1")  # no test asks a model hub
+
+# The time of an example is that of the machine; in CI examples are the same ones each time, by Hypothesis' own profile.
+settings.register_profile("vc2", settings(), deadline=None)
+settings.load_profile("vc2")
 
 # Each of these starts a server, a worker and whole stages, or a Ray cluster: one at a time is enough for two cores.
 HEAVY = ("tests/flows/test_flow_runs.py", "tests/flows/test_gates.py", "tests/flows/test_prefect_server.py",
@@ -61,10 +66,12 @@ def store(tmp_path: Path) -> LocalStore:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """A real S3 protocol server (moto, standalone) on loopback, with boto3's own environment variables set."""
-    endpoint = f"http://127.0.0.1:{free_port()}"
+    """A real S3 protocol server (moto, its own process) on loopback, with boto3's own environment variables set."""
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", endpoint.rsplit(":", 1)[1]],
+        [sys.executable, "-m", "tests.s3_server", "127.0.0.1", str(port)],
+        cwd=Path(__file__).parent.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -97,9 +104,10 @@ def s3_uri(s3_endpoint: str, request: pytest.FixtureRequest) -> str:
 
 
 def _wait_for(endpoint: str) -> None:
-    for _ in range(300):
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
         try:
-            urllib.request.urlopen(endpoint, timeout=1).close()
+            urllib.request.urlopen(endpoint, timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)

@@ -30,7 +30,7 @@ def family_of(folder: str) -> dict[str, psutil.Process]:
     for process in psutil.process_iter(["name"]):
         try:
             if process.environ().get(RAY_SESSION) == folder and process.status() != psutil.STATUS_ZOMBIE:
-                found[process.info["name"]] = process
+                found.setdefault(process.info["name"], process)  # one that a raylet has just forked has its name too
         except psutil.Error:
             continue
     return found

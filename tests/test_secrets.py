@@ -12,6 +12,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ def followed(seen: Seen, running: Running, run: str) -> dict[str, Any]:
         seen.look_around()
         if not seen.has_killed:
             seen.has_killed = any(kill_if_it_trains(rank) for rank in ranks_of(running.work))
+        time.sleep(0.2)
     return found
 
 

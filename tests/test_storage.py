@@ -116,7 +116,7 @@ def test_no_key_leaves_the_store(store: LocalStore, key: str) -> None:
         store.write(key, b"")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(st.binary(max_size=200), st.integers(0, 200), st.integers(0, 200))
 def test_a_range_is_a_slice(store: LocalStore, data: bytes, offset: int, length: int) -> None:
     store.write("x", data)

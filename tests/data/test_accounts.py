@@ -27,7 +27,7 @@ from vc2.storage import LocalStore
 FATES = ["good", "http_404", "copy", "short", "one clip fails", "all clips fail"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(fates=st.lists(st.sampled_from(FATES), min_size=1, max_size=30), clips=st.integers(1, 3))
 def test_every_row_has_one_fate(fates: list[str], clips: int) -> None:
     """Planned or not, built or not: each row is counted once, with the reason that befell it first."""

@@ -30,7 +30,7 @@ def shards(store: LocalStore, make_set: Any) -> ShardSet:
     return make_set(store, "va", 8, rejects=rejects)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_flipped_byte_is_named(store: LocalStore, shards: ShardSet, data: st.DataObject) -> None:
     """In json, media, header or the zeros between: the shard is named, and the sample if it is one's."""

@@ -103,7 +103,7 @@ def loader(make_loader: Callable[..., Loader]) -> Loader:
     return make_loader()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 5000), st.integers(0, 3), st.fractions(0, 1, max_denominator=8), st.booleans())
 def test_any_world_size_sees_the_same_batches(
     make_loader: Callable[..., Loader], step: int, seed: int, share: Fraction, weighted: bool

@@ -21,7 +21,7 @@ def by_hand(hashes: np.ndarray, bits: int, groups: list[int]) -> list[int]:
     return marked
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     count=st.integers(0, 60),
     width=st.sampled_from([1, 3]),

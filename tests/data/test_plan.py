@@ -67,7 +67,7 @@ def planned(
     return plan.to_pylist(), unplanned.to_pylist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     frames=st.integers(1, 200),
     rate=st.sampled_from([Fraction(10), Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60)]),
@@ -115,7 +115,7 @@ def test_an_uneven_video_is_sampled_by_time() -> None:
     assert clip["fps"] == 6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     frames=st.integers(1, 60),
     num_frames=st.integers(2, 16),

@@ -157,7 +157,7 @@ def test_the_aspect_of_a_set_is_the_mean_opinion_of_its_videos(tmp_path: Path) -
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_weights_are_never_negative(seed: int) -> None:
     """Whatever people say, and although here they dislike what every metric likes."""
     scores = made_scores(seed, ["a", "b"], PROMPTS[:30])

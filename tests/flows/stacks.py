@@ -161,5 +161,5 @@ def serving(work: Path, *options: str, **variables: str) -> Iterator[Running]:
         yield Running(work, port, process)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(180)
     assert processes_of(work) == []

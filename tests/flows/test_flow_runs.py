@@ -157,18 +157,19 @@ def test_a_work_folder_has_one_stack(running: Running, command: str) -> None:
 
 
 def asked(running: Running, run_id: str) -> str:
-    """The question of the gate that a run waits at, as soon as it does."""
+    """The question of the gate that a run waits at, as soon as it stands there: Prefect writes it after the state."""
     run = wait_until(
         lambda: (run := running.run(run_id))["state_type"] in ("PAUSED", *FINAL) and run, "no gate was reached"
     )
     assert run["state_type"] == "PAUSED", run["state"]
     key = run["state"]["state_details"]["run_input_keyset"]["description"]
-    return str(running.api.get(f"/flow_runs/{run_id}/input/{key}"))
+    return str(wait_until(lambda: running.api.get(f"/flow_runs/{run_id}/input/{key}"), "the gate asks nothing"))
 
 
 def answer(running: Running, run_id: str, **form: Any) -> None:
     """What the Resume button of the UI does."""
-    running.api.post(f"/flow_runs/{run_id}/resume", {"run_input": form})
+    said = running.api.post(f"/flow_runs/{run_id}/resume", {"run_input": form})
+    assert said["status"] == "ACCEPT", said
     wait_until(lambda: running.run(run_id)["state_type"] != "PAUSED", "the run is not resumed")
 
 
@@ -207,6 +208,7 @@ def test_a_run_that_would_cost_more_than_the_limit_asks_first(running: Running) 
 # ---- a comparison ----
 
 
+@pytest.mark.timeout(1500)
 def test_rows_are_trained_by_runs_of_their_own_once_and_end_in_one_page(running: Running) -> None:
     """What rows share is one run; asked once more nothing runs, and the same page is named."""
     tiny = {
@@ -217,7 +219,7 @@ def test_rows_are_trained_by_runs_of_their_own_once_and_end_in_one_page(running:
     }
     asked = {"rows": ["F-Spa-DIR"], "seeds": [0], "overrides": tiny}
     run_id = running.submit("compare/strategies", **asked)
-    run = wait_until(lambda: (it := running.run(run_id))["state_type"] in FINAL and it, "no comparison", 900)
+    run = wait_until(lambda: (it := running.run(run_id))["state_type"] in FINAL and it, "no comparison", 1200)
     assert run["state_type"] == "COMPLETED", run["state"]
     assert set(running.children(run_id)) == set(STAGES[:5])
     again = running.ended(running.submit("compare/strategies", **asked))

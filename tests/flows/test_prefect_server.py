@@ -215,16 +215,17 @@ def test_all_of_it_listens_on_loopback_alone(standing: Stack) -> None:
     """Whatever port a process of the stack opens, nobody outside of this machine can reach it."""
     listening = {}
     for process in processes_of(standing.work):
-        for one in process.net_connections():
-            if one.status == psutil.CONN_LISTEN:
-                listening[one.laddr.port] = one.laddr.ip
+        with suppress(psutil.NoSuchProcess):  # a sweep comes and goes
+            for one in process.net_connections():
+                if one.status == psutil.CONN_LISTEN:
+                    listening[one.laddr.port] = one.laddr.ip
     assert set(listening.values()) <= {"127.0.0.1", "::1"}, listening
     assert {standing.port, standing.files_port} <= set(listening)
 
 
 def test_a_page_of_somebody_else_cannot_talk_to_the_server(standing: Stack) -> None:
     """Neither under its own name nor under one that it made point here."""
-    with httpx.Client(base_url=standing.url, trust_env=False) as client:
+    with httpx.Client(base_url=standing.url, trust_env=False, timeout=60) as client:
         for path in ("/", "/api/health", "/api/admin/version"):
             assert client.get(path, headers={"Host": "evil.example"}).status_code == 400
             assert client.get(path, headers={"Host": "localhost:1234"}).status_code == 200
@@ -352,9 +353,9 @@ def test_a_stage_run_by_hand_shows_what_it_made(standing: Stack) -> None:
     for name in ("contact-sheet", "lineage"):
         link = shown[f"shard-webvid-{name}"]["data"].partition("](")[2].removesuffix(")")
         assert link.startswith(standing.files_url)
-        answer = httpx.get(link, trust_env=False)
+        answer = httpx.get(link, trust_env=False, timeout=60)
         assert answer.status_code == 200 and answer.text.startswith("<!doctype html>")
-    assert "contact sheet" in httpx.get(standing.files_url, trust_env=False).text
+    assert "contact sheet" in httpx.get(standing.files_url, trust_env=False, timeout=60).text
 
     (prefix,) = (entry.key.rpartition("/")[0] for entry in LocalStore(standing.work / "store").list("shards/webvid/")
                  if entry.key.endswith("/manifest.json"))  # fmt: skip

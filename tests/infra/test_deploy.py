@@ -16,6 +16,7 @@ from manifests import ROOT, asked
 from vc2.ports import free_port
 
 PASSWORD = "planted-password"
+LIMIT = 60  # seconds for an answer of a server on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)], env=settings, stdout=log, stderr=log
         )
-    client = httpx.Client(base_url=url, auth=("admin", PASSWORD), trust_env=False, timeout=30)
+    client = httpx.Client(base_url=url, auth=("admin", PASSWORD), trust_env=False, timeout=LIMIT)
     settings |= {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": f"admin:{PASSWORD}", "VC2_IMAGE": "vc2:here"}
     try:
         yield client, settings
@@ -48,6 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)
         process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,7 @@ def test_the_server_has_its_ui_where_its_packages_are_not_its_own(
         headers={"Accept": "text/html"},
         follow_redirects=True,
         trust_env=False,
+        timeout=LIMIT,
     )
     assert page.status_code == 200
     assert page.text in {path.read_text() for path in folder.glob("*/index.html")}
@@ -113,7 +116,7 @@ def test_a_pool_of_another_kind_is_left_alone(server: tuple[httpx.Client, dict[s
 def test_nobody_without_the_password_gets_in(server: tuple[httpx.Client, dict[str, str]]) -> None:
     """But probes, which have none."""
     client, _ = server
-    with httpx.Client(base_url=client.base_url, trust_env=False) as stranger:
+    with httpx.Client(base_url=client.base_url, trust_env=False, timeout=LIMIT) as stranger:
         assert stranger.post("/flow_runs/filter", json={}).status_code == 401
         assert stranger.get("/metrics").status_code == 401
         assert stranger.get("/health").status_code == stranger.get("/ready").status_code == 200

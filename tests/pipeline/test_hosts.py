@@ -77,7 +77,7 @@ def kept_up(network: str, *arguments: str, **variables: str) -> Iterator[None]:
 @contextlib.contextmanager
 def s3_server(network: str, log: Path) -> Iterator[None]:
     with open(log, "wb") as said:
-        command = inside(network, sys.executable, "-m", "moto.server", "-H", HEAD, "-p", S3.rsplit(":", 1)[1])
+        command = inside(network, sys.executable, "-m", "tests.s3_server", HEAD, S3.rsplit(":", 1)[1])
         server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
     try:
         yield
