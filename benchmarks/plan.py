@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from vc2.config import digest
 from vc2.launch import cpu_count
 from vc2.pipeline.driver import DAG, Node
 from vc2.pipeline.recipes import PipelineConfig, resolve
+from vc2.ports import free_port
 from vc2.storage import Store, open_store
 
 __all__ = ["fill", "main", "raw_data"]
@@ -100,9 +100,7 @@ def _artifact(node: Node, asked: Any, inputs: Mapping[str, Artifact], seed: int)
 @contextmanager
 def s3_on_loopback() -> Iterator[str]:
     """A bucket of an S3 server of its own, with boto3's environment variables set."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "bench",
         "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1",

@@ -10,7 +10,6 @@ measured is rounding, not speed.
 
 import json
 import os
-import socket
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from vc2.model.config import ScheduleConfig, UNetConfig
 from vc2.model.partition import is_temporal
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.unet import UNet3D
+from vc2.ports import free_port
 
 __all__ = ["main"]
 
@@ -88,10 +88,7 @@ def learn(mode: str, *, frozen: bool = False) -> dict[str, Any]:
 def _deepspeed(unet: UNet3D, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:
     from vc2.train.engine import import_deepspeed
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     deepspeed = import_deepspeed(torch.device("cpu"))

@@ -187,3 +187,20 @@ def test_a_process_that_nobody_launched_is_the_only_rank(monkeypatch: pytest.Mon
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert (this_rank().rank, this_rank().world_size) == (0, 1)
+
+
+@pytest.mark.parametrize("is_met", [True, False])
+def test_a_rank_leaves_before_anything_is_torn_down(is_met: bool) -> None:
+    """Said is all there, the exit code is the one asked for; only a process that is no rank goes the usual way."""
+    met = "distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)"
+    code = f"""
+import atexit, sys
+from torch import distributed
+from vc2.launch import leave
+atexit.register(print, "torn down")
+{met if is_met else ""}
+sys.stdout.write("stopped ")
+sys.exit(leave(75))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (75, ["stopped"] if is_met else ["stopped", "torn", "down"])

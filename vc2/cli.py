@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vc2.errors import ConfigError, Preempted, SourceError, StoreError, Vc2Error
+from vc2.launch import PREEMPTED, leave
 
 if TYPE_CHECKING:
     from vc2.artifacts import Artifact, Manifest
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.act(options) or 0
     except Preempted as stop:
         print(f"vc2: {stop}", file=sys.stderr)
-        return 75
+        return leave(PREEMPTED)
     except Vc2Error as error:
         print(f"vc2: {error}", file=sys.stderr)
         return 1

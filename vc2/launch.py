@@ -42,6 +42,7 @@ from vc2.failures import RankError, advice, deciding, hung, killed_by, rank_erro
 from vc2.progress import Progress, silent
 
 __all__ = [
+    "PREEMPTED",
     "Job",
     "LocalJob",
     "Rank",
@@ -49,6 +50,7 @@ __all__ = [
     "cpu_count",
     "die_with_parent",
     "end_rank",
+    "leave",
     "rank_environment",
     "report",
     "reporting_to",
@@ -149,6 +151,20 @@ def end_rank(error: Exception) -> NoReturn:
         time.sleep(LISTEN)
     sys.stdout.flush()
     os._exit(PREEMPTED if told.kind == "preemption" else 1)
+
+
+def leave(code: int) -> int:
+    """The exit code of this process. One that is among ranks ends here, at once.
+
+    A thread of its last collective may still let go of a tensor, and needs the interpreter for that. Where it is torn
+    down by then, the process aborts.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def die_with_parent() -> None:

@@ -104,7 +104,7 @@ def kill_often(kills: int, stage: ShardStage, unbroken: Manifest, address: str, 
         assert made.content_digest == unbroken.content_digest
         assert [entry.sha256 for entry in made.files] == [entry.sha256 for entry in unbroken.files]
         assert list(verify(store, prefix)) == []
-        for _ in range(100):  # Ray takes a moment to end the workers of a driver that was killed
+        for _ in range(600):  # Ray takes a moment to end the workers of a driver that was killed
             with workplace(work) as folder:
                 if not [path for path in folder.parent.iterdir() if path != folder]:
                     break

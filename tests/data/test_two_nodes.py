@@ -19,13 +19,14 @@ CODE = """
 import sys, time
 from pathlib import Path
 import ray
-until = time.monotonic() + 90
+until = time.monotonic() + 240
 while not ray.is_initialized() or len(ray.nodes()) < 2:
     assert time.monotonic() < until, "no two nodes"
     try:
-        ray.init(log_to_driver=False, ignore_reinit_error=True)
-    except ConnectionError:
-        pass
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+    except Exception as error:  # of a node that is half there, whatever it is
+        print(error, file=sys.stderr)
     time.sleep(0.2)
 from vc2.data.config import ShardStage
 from vc2.data.prepare import prepare
@@ -73,16 +74,18 @@ def test_two_nodes_make_the_same_bytes(networks: Networks, ray_address: str, med
         ray_node(networks.other, f"--address={HEAD}:6399", f"--node-ip-address={OTHER}"),
     ):
         arguments = [stage.model_dump_json(), stores[1].uri, str(tmp_path / "work"), name]
-        driver = subprocess.Popen(
-            inside(networks.head, sys.executable, "-c", CODE, *arguments),
-            env=OWN | {"RAY_ADDRESS": f"{HEAD}:6399"},
-            stderr=subprocess.DEVNULL,
-        )
+        said = tmp_path / "driver.log"
+        with open(said, "wb") as log:
+            driver = subprocess.Popen(
+                inside(networks.head, sys.executable, "-c", CODE, *arguments),
+                env=OWN | {"RAY_ADDRESS": f"{HEAD}:6399"},
+                stderr=log,
+            )
         seen = {network: 0 for network in (networks.head, networks.other)}
         while driver.poll() is None:
             seen = {network: max(count, workers_in(network)) for network, count in seen.items()}
             time.sleep(0.05)
-        assert driver.returncode == 0
+        assert driver.returncode == 0, said.read_text()[-2000:]
     assert min(seen.values()) >= 1
     one, two = (load_manifest(store, shard_set_prefix("mine", name)) for store in stores)
     assert [(entry.name, entry.sha256) for entry in one.files] == [(entry.name, entry.sha256) for entry in two.files]

@@ -176,7 +176,7 @@ def web(media: Any) -> Iterator[Web]:
 
 
 def stage(web: Web, **fetch: Any) -> ShardStage:
-    asked = {"idle_timeout": 1.0, "total_timeout": 3.0, "retries": 1, "backoff": 0.01, "max_bytes": 10**6} | fetch
+    asked = {"idle_timeout": 2.0, "total_timeout": 6.0, "retries": 1, "backoff": 0.01, "max_bytes": 10**6} | fetch
     asked.setdefault("connect_to", {HOST: f"127.0.0.1:{web.port}"})
     source = FolderSource(name="mine", media="image", folder=".", table=None)
     form = {"num_frames": 1}
@@ -371,10 +371,11 @@ def test_a_server_that_is_not_there_is_a_reason(web: Web, tmp_path: Path) -> Non
 def test_a_host_is_asked_gently(web: Web, tmp_path: Path) -> None:
     """Never more requests at a time than allowed, and no two closer than the interval."""
     config = stage(web, per_host=2, host_interval=0.12, total_timeout=2.5)
+    begun = time.monotonic()
     lines = fetched(config, [f"http://{HOST}/good-{number}" for number in range(24)], tmp_path)
     assert all(line["reason"] is None for line in lines), "waiting for its turn does not take a row's time"
     assert web.most_at_once <= 2
-    assert web.starts[-1] - web.starts[0] >= 23 * 0.12 - 0.2  # seconds that the first one came late
+    assert web.starts[-1] - begun >= 23 * 0.12
 
 
 def test_a_host_that_asks_for_peace_gets_it(web: Web, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Each scenario trains the small stage in a run of its own in the store given; the
 """
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from vc2.model.partition import trainable_names
 from vc2.model.schedule import NoiseSchedule
 from vc2.model.text import TextEncoder
 from vc2.model.unet import UNet3D
+from vc2.ports import free_port
 from vc2.seeding import derive_seed
 from vc2.storage import LocalStore
 from vc2.train.attempts import Attempt, Run, newest_state, this_process
@@ -36,9 +36,7 @@ from vc2.train.states import StateWriter, restore
 
 def forked(world_size: int, work: Callable[[], None]) -> None:
     """Do `work` on so many ranks; SystemExit if one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(world_size):
         if pid := os.fork():

@@ -36,7 +36,7 @@ import json, signal, sys
 from pathlib import Path
 from vc2.artifacts import ShardSet
 from vc2.errors import Preempted
-from vc2.launch import report
+from vc2.launch import leave, report
 from vc2.storage import open_store
 from vc2.train.config import TrainStage
 from vc2.train.run import train
@@ -46,7 +46,7 @@ try:
     train(TrainStage.model_validate(stage), open_store(store), Path(work), fingerprint=fingerprint, progress=report,
           shards={name: ShardSet.model_validate(said) for name, said in shards.items()})
 except Preempted:
-    sys.exit(75)
+    sys.exit(leave(75))
 """
 NAME = "a" * 64
 

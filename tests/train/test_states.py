@@ -72,18 +72,24 @@ def writer_of(
 
 
 class Outage:
-    """A folder that is away: in its place lies a file, so every access is a real error."""
+    """A folder that is away: in its place lies a file, so every access is a real error.
+
+    Each comes in place of the other in one step: in between, who tries again would make a folder of its own there.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.aside = folder, folder.with_name("aside")
+        self.folder, self.aside, self._next = (folder.with_name(name) for name in (folder.name, "aside", "next"))
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.rename(self.aside)
+        self.end()
 
     def begin(self) -> None:
-        self.folder.rename(self.aside)
-        self.folder.write_text("no folder")
+        self._next.write_text("no folder")
+        self._next.replace(self.folder)
 
     def end(self) -> None:
-        self.folder.unlink()
-        self.aside.rename(self.folder)
+        self._next.symlink_to(self.aside)
+        self._next.replace(self.folder)
 
 
 @pytest.fixture
@@ -270,6 +276,26 @@ def test_a_state_that_one_rank_has_passed_over_is_left_out(run: Run, two: Simple
     assert steps(run) == [3, 1]
 
 
+def test_a_part_that_comes_while_the_first_rank_looks_is_not_passed_over(
+    run: Run, two: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It found no part of step 1, and before it looks further the other rank has stored those of steps 1 and 3."""
+    first, second = two.writers()
+    look = first._look_ahead
+
+    def look_late(*asked: Any) -> None:
+        for step in (1, 3):
+            two.learners[1].to(step).save(second)
+            second.wait()
+        monkeypatch.undo()
+        look(*asked)
+
+    monkeypatch.setattr(first, "_look_ahead", look_late)
+    two.learners[0].to(1).save(first)
+    first.wait()
+    assert steps(run) == [1]
+
+
 def test_a_store_that_is_too_slow_for_states_is_not_waited_for_without_end(
     run: Run, two: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,6 +304,8 @@ def test_a_store_that_is_too_slow_for_states_is_not_waited_for_without_end(
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):  # the first rank cannot commit before the other has stored its part
             two.learners[0].to(step).save(first)
+            while step == 1 and first._under_way is None:
+                time.sleep(0.01)
     assert first._waiting is not None and first._waiting.ref.step == 3
     assert "leaves out the state of step 2" in caplog.text and not first._trouble and first.stall >= 0.2
     for step in (1, 3):

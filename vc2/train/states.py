@@ -340,6 +340,8 @@ class StateWriter:
         for entry in self.run.store.list(f"{self.run.prefix}/states/{ref.attempt:04d}/"):
             *_, step, name = entry.key.split("/")
             if int(step) > ref.step and name == f"rank-{rank}.json":
+                if self.run.store.entry(list_key(self.run, ref, rank)) is not None:
+                    return  # both came while this rank looked
                 raise PassedOver(f"rank {rank} could not store its part and has gone on to step {int(step)}")
 
     # ---- outage ----
