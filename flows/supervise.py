@@ -97,7 +97,7 @@ class Watch:
                 if self.verdict:
                     break
                 if time.monotonic() - heard > AWAY:
-                    beat(run)
+                    _beat(run)
                 heard = time.monotonic()
         if self.verdict and not self.over.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -155,7 +155,7 @@ class Watch:
             signal.signal(signal.SIGTERM, before)
 
 
-def beat(run: FlowRun) -> None:
+def _beat(run: FlowRun) -> None:
     """A heartbeat between those of Prefect's engine, with all that an automation asks of one."""
     flow = {
         "prefect.resource.id": f"prefect.flow.{run.flow_id}",

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.clusters import RayHead, ray_head
 from tests.eval.test_generate import STAGE, make_checkpoint
+from tests.flows.stacks import wait_until
 from vc2.artifacts import ShardSet, load_manifest, shard_set_prefix
 from vc2.data.config import FolderSource, ShardStage, shard_fingerprint, source_digest
 from vc2.data.prepare import prepare
@@ -113,14 +114,6 @@ def started(head: RayHead, stage: ShardStage, store: LocalStore, work: Path, att
     return starter
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Ray stops a job when its supervisor has started, and that may take longer than the starter waits."""
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
 def on_cluster(head: RayHead, module: str) -> list[psutil.Process]:
     """Processes of the cluster's machine that run such a module."""
     found = []
@@ -142,7 +135,8 @@ def test_shards_are_the_same_whoever_is_lost_or_changes_their_mind(
     starter = started(head, stage, store, tmp_path, 1)
     starter.send_signal(signal.SIGTERM)
     starter.wait()
-    wait_until(lambda: not is_running(job_of(stage, store, 1)))
+    # Ray stops a job when its supervisor has started, and that may take longer than the starter waits.
+    wait_until(lambda: not is_running(job_of(stage, store, 1)), "the job goes on", 120)
     _, alive = psutil.wait_procs(on_cluster(head, "vc2.pipeline.remote"), timeout=60)
     assert alive == []
 
@@ -217,7 +211,7 @@ def test_whoever_is_asked_to_stop_while_a_job_is_submitted_leaves_none(
     monkeypatch.setattr(JobSubmissionClient, "submit_job", take_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         submit(["http.server", "0", "--bind", "127.0.0.1"], "vc2-interrupted")
-    wait_until(lambda: has_ended("vc2-interrupted"))  # by itself it would not
+    wait_until(lambda: has_ended("vc2-interrupted"), "the job goes on", 120)  # by itself it would not end
 
 
 def test_the_same_work_for_another_store_is_another_job(stage: ShardStage, tmp_path: Path) -> None:
