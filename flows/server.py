@@ -304,10 +304,12 @@ class Stack:
         return self.work / "logs" / f"prefect-{name}.log"
 
     def tail(self, name: str, lines: int = 12) -> str:
+        """The end of what a process said, or why there may be nothing."""
         try:
-            return "\n".join(self.log(name).read_text(errors="replace").splitlines()[-lines:])
-        except OSError:
-            return ""
+            said = self.log(name).read_text(errors="replace").splitlines()[-lines:]
+        except OSError as error:
+            return f"(its log cannot be read: {error.strerror})"
+        return "\n".join(said) or f"(its log is empty: is there room on the disk of {self.work}?)"
 
     def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run Prefect's own command line against our server."""
